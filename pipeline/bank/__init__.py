@@ -1,0 +1,1 @@
+"""The bank: tokens of one encoder over one table of clips, as a Zarr v3 group."""

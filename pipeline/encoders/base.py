@@ -1,0 +1,60 @@
+"""What an encoder is to the rest of patchbank: waveforms in, one token map a layer out."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from patchbank.pipeline.specs import EncoderSpec, Grid
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """The tokens of one layer for a batch of clips."""
+
+    patches: Float[Tensor, "batch patch dim"]
+    prefix: Float[Tensor, "batch prefix dim"] | None
+    """CLS and the like; None where the encoder has none."""
+    grid: Grid
+    """`patches.shape[1] == grid.time * grid.freq`, time-major."""
+
+
+class Encoder(Protocol):
+    """A frozen encoder: deterministic, in evaluation mode, each clip independent of its batch."""
+
+    spec: EncoderSpec
+
+    def frontend(self, waveform: Float[Tensor, "batch sample"]) -> Float[Tensor, "batch ..."]:
+        """Features of float32 mono waveforms at `spec.sample_rate_hz`, on their device."""
+        ...
+
+    def encode(
+        self, features: Float[Tensor, "batch ..."], layers: Collection[int] | None = None
+    ) -> dict[int, TokenMap]:
+        """Tokens of the asked layers (all where None), keyed by 1-based layer."""
+        ...
+
+    def grids(self, n_samples: int) -> dict[int, Grid]:
+        """Each layer's grid for waveforms of `n_samples`, without running the encoder.
+
+        Raises `EncoderError` where the encoder cannot take that length.
+        """
+        ...
+
+    def to(self, device: torch.device | str) -> Self:
+        """Moves the weights and the front end's constants."""
+        ...
+
+
+RESAMPLER: dict[str, Any] = {
+    "name": "torchaudio.functional.resample",
+    "method": "sinc_interp_hann",
+    "lowpass_filter_width": 6,
+    "rolloff": 0.99,
+}
+"""The one resampler (torchaudio's defaults, written out); part of every `encoder_id`."""

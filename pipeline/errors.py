@@ -1,0 +1,85 @@
+"""Every error that patchbank raises on purpose.
+
+A message says what was found, what was expected, and the next command to type. The command line
+prints it without a traceback and leaves with status 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+class PatchbankError(Exception):
+    """Root of all errors raised on purpose."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One mistake in a table, where a person can find it."""
+
+    file: str
+    line: int | None
+    column: str | None
+    message: str
+
+    def __str__(self) -> str:
+        place = self.file
+        if self.line is not None:
+            place += f":{self.line}"
+        if self.column is not None:
+            place += f":{self.column}"
+        return f"{place}: {self.message}"
+
+
+class ManifestError(PatchbankError):
+    """A clip table, label table or split table is wrong; `problems` lists where.
+
+    The message prints the first `shown` problems, one a line, and counts the others.
+    """
+
+    def __init__(self, problems: Sequence[Problem], *, shown: int = 20) -> None:
+        self.problems = tuple(problems)
+        lines = [str(problem) for problem in self.problems[:shown]]
+        if len(self.problems) > shown:
+            lines.append(f"... and {len(self.problems) - shown} more")
+        super().__init__("\n".join(lines))
+
+
+class AudioError(PatchbankError):
+    """A clip cannot be decoded, is empty, or holds values that are no audio."""
+
+
+class EncoderError(PatchbankError):
+    """An encoder is unknown, its weights are missing or do not fit it."""
+
+
+class BankError(PatchbankError):
+    """Root of everything that can be wrong with a bank."""
+
+
+class BankNotFound(BankError):
+    """There is no bank at that place."""
+
+
+class BankIncomplete(BankError):
+    """The bank has no seal: its extraction has not finished."""
+
+
+class BankMismatch(BankError):
+    """Two things that must agree do not; `differences` maps a field to (found, expected)."""
+
+    def __init__(self, message: str, differences: Mapping[str, tuple[object, object]]) -> None:
+        self.differences = dict(differences)
+        lines = [message]
+        for field, (found, expected) in self.differences.items():
+            lines.append(f"  {field}: found {found!r}, expected {expected!r}")
+        super().__init__("\n".join(lines))
+
+
+class BankCorrupt(BankError):
+    """Bytes of a bank are not what its records say; the message names shard and row."""
+
+
+class TrialError(PatchbankError):
+    """A probe cannot be trained or applied as asked."""
