@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from patchbank.pipeline.bank.reader import Bank, RowPlaces
+from patchbank.pipeline.errors import BankError
+from patchbank.probing.plan import batches, sequential
+
 Rows = Int[np.ndarray, " clip"]
+Tier = Literal["auto", "ram", "map"]
 
 
 @dataclass(frozen=True)
@@ -62,3 +67,162 @@ class ArraySource:
                 None if self._prefix is None else self._prefix[index],
                 None if self._counts is None else self._counts[index],
             )
+
+
+class TokenReader:
+    """Rows of one token array, from memory (`ram`) or from mapped shard files (`map`).
+
+    `ram` holds all rows once; `map` maps the files and leaves memory to the page cache. Consecutive
+    rows of one shard come as a view of the mapped file, without a copy; other rows are gathered
+    into a slot that the next call overwrites. A fresh allocation for each batch would cost five
+    times the copy.
+    """
+
+    def __init__(self, places: RowPlaces, *, tier: Tier) -> None:
+        self._places = places
+        self._shards: dict[int, np.ndarray[Any, Any]] = {}
+        self._slot: np.ndarray[Any, Any] | None = None
+        self._all = self._gather_all() if tier == "ram" else None
+
+    def read(self, rows: Rows) -> Float[np.ndarray, "clip token dim"]:
+        """The tokens of `rows`, in that order; valid until the next call."""
+        if self._all is not None:
+            # Any other mode would make numpy copy the result once more.
+            return np.take(self._all, rows, axis=0, out=self._slot_for(len(rows)), mode="clip")
+        view = self._consecutive(rows)
+        return view if view is not None else self._gather(rows, self._slot_for(len(rows)))
+
+    def _gather_all(self) -> np.ndarray[Any, Any]:
+        rows = np.arange(len(self._places.offset))
+        return self._gather(rows, self._empty(len(rows)))
+
+    def _empty(self, n_rows: int) -> np.ndarray[Any, Any]:
+        array = self._places.array
+        return np.empty((n_rows, array.n_tokens, array.dim), array.dtype)
+
+    def _slot_for(self, n_rows: int) -> np.ndarray[Any, Any]:
+        if self._slot is None or len(self._slot) < n_rows:
+            self._slot = self._empty(n_rows)
+        return self._slot[:n_rows]
+
+    def _gather(self, rows: Rows, out: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        for slot, row in enumerate(rows.tolist()):
+            out[slot] = self._row(row)
+        return out
+
+    def _row(self, row: int) -> np.ndarray[Any, Any]:
+        array, offset = self._places.array, int(self._places.offset[row])
+        mapped = self._shard(self._places.shard_of(row))
+        flat = mapped[offset : offset + array.row_bytes].view(array.dtype)
+        return flat.reshape(array.n_tokens, array.dim)
+
+    def _shard(self, shard: int) -> np.ndarray[Any, Any]:
+        if shard not in self._shards:
+            # Copy-on-write, so that torch may wrap it; nothing is ever written.
+            self._shards[shard] = np.memmap(self._places.files[shard], np.uint8, mode="c")
+        return self._shards[shard]
+
+    def _consecutive(self, rows: Rows) -> np.ndarray[Any, Any] | None:
+        """A strided view of the mapped file, where the rows lie one after another in it."""
+        first, last, count = int(rows[0]), int(rows[-1]), len(rows)
+        if count == 1:
+            return self._row(first)[None]
+        if self._places.shard_of(first) != self._places.shard_of(last):
+            return None
+        offsets = self._places.offset[rows]
+        steps = np.diff(offsets)
+        if (np.diff(rows) != 1).any() or (steps != steps[0]).any() or steps[0] <= 0:
+            return None
+        row = self._row(first)
+        strides = (int(steps[0]), *row.strides)
+        return np.lib.stride_tricks.as_strided(row, (count, *row.shape), strides)
+
+
+def choose_tier(n_bytes: int, tier: Tier = "auto") -> Tier:
+    """`ram` where the tokens fit in half of the memory that is free now, else `map`."""
+    if tier != "auto":
+        return tier
+    return "ram" if 2 * n_bytes <= _free_memory_bytes() else "map"
+
+
+def _free_memory_bytes() -> int:
+    with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+class BankSource:
+    """The tokens of one layer of a bank; see `TokenSource`."""
+
+    def __init__(self, bank: Bank, layer: int | None = None, *, tier: Tier = "auto") -> None:
+        self.layer = bank.resolve_layer(layer)
+        array = bank.array(self.layer)
+        self.n_rows, self.n_patches, self.dim = bank.n_rows, array.n_tokens, array.dim
+        self.n_prefix = bank.schema.layers[bank.layers.index(self.layer)].n_prefix
+        self.tier = choose_tier(self.n_rows * array.row_bytes, tier)
+        self._patches = TokenReader(bank.places(self.layer), tier=self.tier)
+        self._prefix = (
+            TokenReader(bank.places(self.layer, "prefix"), tier=self.tier)
+            if self.n_prefix
+            else None
+        )
+        self._counts = torch.from_numpy(bank.n_patches(self.layer)).long()
+        self._done = bank.status == 1
+        counted = self._counts[torch.from_numpy(self._done)]
+        self._all_count = bool((counted == self.n_patches).all())
+
+    def read(self, batches: Iterable[Rows]) -> Iterator[Batch]:
+        """One `Batch` for each array of rows, in order; `BankError` for a row without tokens."""
+        for rows in batches:
+            if not self._done[rows].all():
+                row = int(rows[~self._done[rows]][0])
+                raise BankError(f"row {row} has no tokens: its clip failed at extraction")
+            index = torch.from_numpy(rows.astype(np.int64))
+            yield Batch(
+                rows,
+                torch.from_numpy(self._patches.read(rows)),
+                None if self._prefix is None else torch.from_numpy(self._prefix.read(rows)),
+                None if self._all_count else self._counts[index],
+            )
+
+
+class BatchLoader:
+    """Shuffled batches of one layer's tokens; each iteration is one epoch.
+
+    Every row with tokens comes once an epoch, in an order that depends on (seed, epoch) only. The
+    tensors of a batch are valid until the next batch; clone what is to be kept.
+    """
+
+    def __init__(
+        self,
+        bank: Bank,
+        *,
+        layer: int | None = None,
+        batch_size: int = 64,
+        seed: int = 0,
+        tier: Tier = "auto",
+        rows: Rows | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, found {batch_size}")
+        self.source = BankSource(bank, layer, tier=tier)
+        self.epoch = 0
+        """The next epoch; set it to begin elsewhere."""
+        self._rows = np.flatnonzero(bank.status == 1) if rows is None else np.asarray(rows)
+        self._batch_size, self._seed, self._shuffle = batch_size, seed, shuffle
+
+    def __len__(self) -> int:
+        return -(-len(self._rows) // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._shuffle:
+            plan = batches(
+                self._rows, batch_size=self._batch_size, seed=self._seed, epoch=self.epoch
+            )
+        else:
+            plan = sequential(self._rows, batch_size=self._batch_size)
+        self.epoch += 1
+        return self.source.read(plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -46,7 +46,7 @@ class Encoder(Protocol):
         """
         ...
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> Encoder:
         """Moves the weights and the front end's constants."""
         ...
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection
 from pathlib import Path
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -79,7 +78,7 @@ class FakeEncoder:
             out[layer] = TokenMap(patches, prefix, Grid(x.shape[1], BANDS))
         return out
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> FakeEncoder:
         self._project = {layer: value.to(device) for layer, value in self._project.items()}
         self._bias = {layer: value.to(device) for layer, value in self._bias.items()}
         return self

@@ -1,0 +1,115 @@
+"""Where the rows of a shard file lie, and the index at its end.
+
+A shard file is a Zarr v3 `sharding_indexed` chunk with one inner chunk a row, no compression, and
+the index (with its crc32c) at the end. Each row starts on a 4,096-byte boundary, so that a file can
+be mapped or read with O_DIRECT; the bytes between rows are zero. Pure functions, no disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Int64, UInt64
+from numcodecs.checksum32 import CRC32C
+
+from patchbank.pipeline.errors import BankCorrupt
+
+ALIGNMENT_BYTES = 4_096
+MAX_ROWS_PER_SHARD = 512
+MIN_ROWS_PER_SHARD = 16
+MAX_SHARD_BYTES = 384 * 2**20
+MAX_FILES = 20_000
+MISSING = np.uint64(2**64 - 1)
+_CHECKSUM_BYTES = 4
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """Offsets inside the shard files of one array."""
+
+    n_slots: int
+    """Rows that a whole shard holds; also the number of index entries."""
+    row_bytes: int
+
+    @property
+    def row_stride_bytes(self) -> int:
+        return -(-self.row_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+    @property
+    def index_bytes(self) -> int:
+        return 16 * self.n_slots + _CHECKSUM_BYTES
+
+    def file_bytes(self, n_rows: int) -> int:
+        """Size of a shard file that holds `n_rows` rows (fewer than `n_slots` in a last shard)."""
+        return n_rows * self.row_stride_bytes + self.index_bytes
+
+
+def crc32c(data: bytes | memoryview) -> int:
+    """CRC-32C (Castagnoli) of a buffer."""
+    return int(CRC32C.checksum(np.frombuffer(data, np.uint8)))
+
+
+def encode_index(layout: ShardLayout, n_rows: int) -> bytes:
+    """The index of a shard whose first `n_rows` slots are filled in order."""
+    entries = np.full((layout.n_slots, 2), MISSING, dtype="<u8")
+    entries[:n_rows, 0] = np.arange(n_rows, dtype="<u8") * np.uint64(layout.row_stride_bytes)
+    entries[:n_rows, 1] = layout.row_bytes
+    body = entries.tobytes()
+    return body + crc32c(body).to_bytes(_CHECKSUM_BYTES, "little")
+
+
+def parse_index(
+    tail: bytes, layout: ShardLayout, *, file_bytes: int, name: str
+) -> Int64[np.ndarray, " slot"]:
+    """The offset of each slot's row in a shard file, -1 for empty slots.
+
+    `tail` is the last `layout.index_bytes` of the file. Raises `BankCorrupt` where the checksum
+    does not match, an entry leaves the file, has another length than a row, or overlaps another.
+    """
+    if len(tail) != layout.index_bytes:
+        raise BankCorrupt(
+            f"shard {name}: {file_bytes} bytes, too short for an index of {layout.index_bytes}"
+        )
+    body, stored = tail[:-_CHECKSUM_BYTES], tail[-_CHECKSUM_BYTES:]
+    if crc32c(body).to_bytes(_CHECKSUM_BYTES, "little") != stored:
+        raise BankCorrupt(f"shard {name}: the index does not match its crc32c")
+    entries = np.frombuffer(body, dtype="<u8").reshape(layout.n_slots, 2)
+    return _checked_offsets(entries, layout, file_bytes=file_bytes, name=name)
+
+
+def _checked_offsets(
+    entries: UInt64[np.ndarray, "slot 2"], layout: ShardLayout, *, file_bytes: int, name: str
+) -> Int64[np.ndarray, " slot"]:
+    empty = (entries == MISSING).all(axis=1)
+    end_of_rows = file_bytes - layout.index_bytes
+    highest_offset = max(end_of_rows - layout.row_bytes, -1)
+    offset, length = entries[:, 0], entries[:, 1]
+    wrong = ~empty & (
+        (length != np.uint64(layout.row_bytes))
+        | (offset > np.uint64(max(highest_offset, 0)))
+        | (highest_offset < 0)
+    )
+    if wrong.any():
+        slot = int(np.argmax(wrong))
+        raise BankCorrupt(
+            f"shard {name}, row {slot}: the index points to {int(length[slot])} bytes at "
+            f"{int(offset[slot])}; rows have {layout.row_bytes} bytes and end before {end_of_rows}"
+        )
+    used = np.sort(offset[~empty])
+    if (np.diff(used) < np.uint64(layout.row_bytes)).any():
+        raise BankCorrupt(f"shard {name}: rows overlap in the index")
+    return np.where(empty, np.int64(-1), offset.astype(np.int64))
+
+
+def rows_per_shard(*, n_rows: int, largest_row_bytes: int, files_per_shard: int) -> int:
+    """Rows in a shard, from the table and the recipe alone.
+
+    At most 512 rows and 384 MiB, at least 16 rows, about 32 shards for small tables, and more rows
+    where the bank would otherwise have over 20,000 files.
+    """
+    by_count = max(MIN_ROWS_PER_SHARD, n_rows // 32)
+    by_bytes = max(1, MAX_SHARD_BYTES // largest_row_bytes)
+    rows = min(MAX_ROWS_PER_SHARD, by_bytes, by_count)
+    most_shards = MAX_FILES * 9 // 10 // files_per_shard
+    return max(rows, -(-n_rows // most_shards))

@@ -1,0 +1,35 @@
+"""The golden clip: a fixed waveform whose tokens lie in every bank.
+
+Anyone who has the encoder can encode it again and so prove that their preprocessing agrees with
+the preprocessing that wrote the bank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import zarr
+from jaxtyping import Float, Float32
+
+
+def golden_waveform(n_samples: int) -> Float32[np.ndarray, " sample"]:
+    """A rising sine over seeded noise, the same for every bank of that length."""
+    noise = np.random.default_rng(20_250_924).standard_normal(n_samples)
+    position = np.arange(n_samples) / n_samples
+    sweep = np.sin(2 * np.pi * n_samples * (0.002 * position + 0.05 * position**2))
+    return (0.3 * sweep + 0.02 * noise).astype(np.float32)
+
+
+def write_golden(
+    folder: Path,
+    waveform: Float32[np.ndarray, " sample"],
+    tokens: Mapping[str, Float[np.ndarray, "1 token dim"]],
+) -> None:
+    """Writes `golden/`: the waveform, and one array of tokens a layer in the stored dtype."""
+    group = zarr.create_group(folder / "golden")
+    values = {"waveform": waveform} | {f"tokens_{key}": value[0] for key, value in tokens.items()}
+    for name, value in values.items():
+        axes = ("sample",) if name == "waveform" else ("patch", "dim")
+        group.create_array(name, data=value, compressors=None, dimension_names=axes)

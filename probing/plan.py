@@ -1,0 +1,25 @@
+"""Which rows make which batch: pure functions, apart from how the rows are read."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Int
+
+Rows = Int[np.ndarray, " clip"]
+
+
+def batches(rows: Rows, *, batch_size: int, seed: int, epoch: int) -> list[Rows]:
+    """Each of `rows` once, in an order that (rows, seed, epoch) alone decide.
+
+    The last batch is short where `batch_size` does not divide the rows. A row of a bank is so
+    large that reading in this order costs nothing over reading in sequence.
+    """
+    order = np.random.default_rng([seed, epoch]).permutation(rows)
+    return in_order(order, batch_size=batch_size)
+
+
+def in_order(rows: Rows, *, batch_size: int) -> list[Rows]:
+    """`rows` as they come, cut into batches, the last of which may be short."""
+    if batch_size < 1:
+        raise ValueError(f"found batch_size={batch_size}, expected at least 1")
+    return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from patchbank.pipeline.bank.layout import (
+    ALIGNMENT_BYTES,
+    MISSING,
+    ShardLayout,
+    crc32c,
+    encode_index,
+    parse_index,
+    rows_per_shard,
+)
+from patchbank.pipeline.bank.schema import BankSchema, create_skeleton
+from patchbank.pipeline.bank.writer import ShardFileWriter, hash_file
+from patchbank.pipeline.errors import BankCorrupt
+from patchbank.pipeline.specs import Grid, LayerSpec
+
+
+def sealed_index(entries: np.ndarray) -> bytes:
+    body = entries.astype("<u8").tobytes()
+    return body + crc32c(body).to_bytes(4, "little")
+
+
+@given(n_slots=st.integers(1, 50), row_bytes=st.integers(1, 20_000), data=st.data())
+def test_an_index_that_was_encoded_parses_to_aligned_offsets(
+    n_slots: int, row_bytes: int, data: st.DataObject
+) -> None:
+    n_rows = data.draw(st.integers(0, n_slots))
+    layout = ShardLayout(n_slots, row_bytes)
+    offsets = parse_index(
+        encode_index(layout, n_rows), layout, file_bytes=layout.file_bytes(n_rows), name="x"
+    )
+    assert (offsets[:n_rows] % ALIGNMENT_BYTES == 0).all()
+    assert (np.diff(offsets[:n_rows]) >= row_bytes).all()
+    assert (offsets[n_rows:] == -1).all()
+
+
+@given(
+    entries=st.lists(
+        st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)), min_size=3, max_size=3
+    )
+)
+def test_a_hostile_index_never_points_outside_its_file(entries: list[tuple[int, int]]) -> None:
+    layout = ShardLayout(3, 100)
+    file_bytes = layout.file_bytes(3)
+    try:
+        offsets = parse_index(
+            sealed_index(np.array(entries, dtype="u8")), layout, file_bytes=file_bytes, name="x"
+        )
+    except BankCorrupt:
+        return
+    used = offsets[offsets >= 0]
+    assert (used + 100 <= file_bytes - layout.index_bytes).all()
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        pytest.param([[0, 100], [50, 100]], "overlap", id="overlapping"),
+        pytest.param([[0, 100], [0, 100]], "overlap", id="the same row twice"),
+        pytest.param([[0, 100], [2**63, 100]], "row 1: the index points to 100", id="far outside"),
+        pytest.param([[0, 100], [8_150, 100]], "row 1: the index points", id="into the index"),
+        pytest.param([[0, 99], [4096, 100]], "row 0: the index points to 99", id="short row"),
+        pytest.param([[0, 2**62], [4096, 100]], "row 0", id="huge row"),
+    ],
+)
+def test_an_index_with_wrong_entries_is_corrupt(entries: list[list[int]], words: str) -> None:
+    layout = ShardLayout(2, 100)
+    tail = sealed_index(np.array(entries, dtype="u8"))
+    with pytest.raises(BankCorrupt, match=words):
+        parse_index(tail, layout, file_bytes=layout.file_bytes(2), name="layers/1/patches/c.0.0.0")
+
+
+def test_a_flipped_bit_in_the_index_is_corrupt() -> None:
+    layout = ShardLayout(2, 100)
+    tail = bytearray(encode_index(layout, 2))
+    tail[3] ^= 1
+    with pytest.raises(BankCorrupt, match="c.7.0.0: the index does not match its crc32c"):
+        parse_index(bytes(tail), layout, file_bytes=layout.file_bytes(2), name="c.7.0.0")
+
+
+def test_a_file_shorter_than_its_index_is_corrupt() -> None:
+    with pytest.raises(BankCorrupt, match="too short"):
+        parse_index(b"123", ShardLayout(2, 100), file_bytes=3, name="x")
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "row_bytes", "files", "rows"),
+    [
+        pytest.param(1, 10, 2, 16, id="tiny tables have one shard"),
+        pytest.param(3_200, 10, 2, 100, id="small tables have about 32 shards"),
+        pytest.param(2_000_000, 786_432, 2, 512, id="large rows: 384 MiB"),
+        pytest.param(2_000_000, 40 * 2**20, 2, 223, id="few files before few bytes"),
+        pytest.param(10_000_000, 786_432, 13, 7_226, id="huge tables stay under 20,000 files"),
+    ],
+)
+def test_rows_per_shard(n_rows: int, row_bytes: int, files: int, rows: int) -> None:
+    found = rows_per_shard(n_rows=n_rows, largest_row_bytes=row_bytes, files_per_shard=files)
+    assert found == rows
+    assert -(-n_rows // found) * files <= 20_000
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    n_patches=st.integers(1, 9),
+    dim=st.integers(1, 700),
+    dtype=st.sampled_from(["float16", "float32"]),
+    n_rows=st.integers(1, 40),
+)
+def test_zarr_reads_back_what_the_writer_wrote(
+    tmp_path_factory: pytest.TempPathFactory, n_patches: int, dim: int, dtype: str, n_rows: int
+) -> None:
+    bank = tmp_path_factory.mktemp("banks") / "x.bank"
+    spec = LayerSpec(3, "block output", dim)
+    schema = BankSchema(n_rows, 16, (spec,), {3: Grid(n_patches, 1)}, np.dtype(dtype))
+    create_skeleton(bank, schema, {})
+    rows = np.random.default_rng(0).standard_normal((n_rows, n_patches, dim)).astype(dtype)
+    array = schema.arrays()[0]
+    for shard in range(schema.n_shards):
+        path = bank / array.shard_path(shard)
+        own = schema.rows_of(shard)
+        with ShardFileWriter(path, array.layout(16), n_rows=len(own), name="x") as writer:
+            for row in own:
+                writer.write_row(rows[row])
+            record = writer.finish()
+        assert record.sha256 == hash_file(path, relative_to=bank).sha256
+        assert record.size == path.stat().st_size
+    np.testing.assert_array_equal(zarr.open_array(bank / "layers/3/patches", mode="r")[:], rows)
+
+
+def test_a_missing_row_reads_as_nan_through_zarr(tmp_path: Path) -> None:
+    schema = BankSchema(4, 16, (LayerSpec(1, "x", 2),), {1: Grid(2, 1)}, np.dtype("float16"))
+    create_skeleton(tmp_path / "x.bank", schema, {})
+    found = zarr.open_array(tmp_path / "x.bank" / "layers/1/patches", mode="r")[:]
+    assert np.isnan(found).all()
+
+
+def test_the_writer_refuses_a_row_of_another_size_and_an_unfinished_shard(tmp_path: Path) -> None:
+    layout = ShardLayout(2, 8)
+    with ShardFileWriter(tmp_path / "c.0.0.0", layout, n_rows=2, name="x") as writer:
+        with pytest.raises(ValueError, match="8 bytes, found 4"):
+            writer.write_row(np.zeros((1, 2), np.float16))
+        writer.write_row(np.zeros((1, 4), np.float16))
+        with pytest.raises(ValueError, match="1 of 2 rows"):
+            writer.finish()
+
+
+def test_the_empty_entry_is_the_one_zarr_uses() -> None:
+    assert MISSING == np.iinfo(np.uint64).max
