@@ -6,7 +6,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,7 @@ SHARDS_PER_WORKER = 2
 class ExtractionSettings:
     """How to extract; the defaults of the command line."""
 
-    window: WindowSpec = WindowSpec()
+    window: WindowSpec = field(default_factory=WindowSpec)
     layers: str | tuple[int, ...] = "last"
     """"last", "all", or 1-based layers."""
     stored_dtype: StoredDType = "float16"
@@ -84,7 +84,7 @@ def prepare(
     out: Path | str,
     weights: Path | str | None = None,
     audio_root: Path | None = None,
-    settings: ExtractionSettings = ExtractionSettings(),  # noqa: B008 - frozen
+    settings: ExtractionSettings = ExtractionSettings(),
 ) -> Extraction:
     """Reads the clip table and the encoder, compares them with what lies at `out`; writes nothing.
 
@@ -114,9 +114,7 @@ def prepare(
         batch_size=settings.batch_size or (16 if device == "cpu" else 64),
         n_decode_threads=settings.n_decode_threads or min(8, os.cpu_count() or 1),
     )
-    return _fit_to_bank(
-        Extraction(plan, table, job, _attributes(table, job)), settings.batch_size
-    )
+    return _fit_to_bank(Extraction(plan, table, job, _attributes(table, job)), settings.batch_size)
 
 
 def _attributes(table: ClipTable, job: ExtractionJob) -> Json:
@@ -226,7 +224,7 @@ def extract(
     out: Path | str,
     weights: Path | str | None = None,
     audio_root: Path | None = None,
-    settings: ExtractionSettings = ExtractionSettings(),  # noqa: B008 - frozen
+    settings: ExtractionSettings = ExtractionSettings(),
     progress: Callable[[Progress], None] | None = None,
 ) -> Bank:
     """Encodes every clip of `source` into the bank `out`, or finishes what an earlier call began.
@@ -245,7 +243,7 @@ def extract(
     return run(extraction, scheduler=settings.scheduler, progress=progress)
 
 
-class _ExtractionPlugin(WorkerPlugin):  # type: ignore[misc]
+class _ExtractionPlugin(WorkerPlugin):
     """Keeps one encoder alive in a worker, for all its shard tasks."""
 
     def __init__(self, job: ExtractionJob) -> None:
@@ -261,9 +259,10 @@ class _ExtractionPlugin(WorkerPlugin):  # type: ignore[misc]
 
 
 def _extractor() -> ShardExtractor:
-    extractor = get_worker().plugins[PLUGIN].extractor
-    assert isinstance(extractor, ShardExtractor)
-    return extractor
+    plugin = get_worker().plugins[PLUGIN]
+    assert isinstance(plugin, _ExtractionPlugin)
+    assert plugin.extractor is not None
+    return plugin.extractor
 
 
 def _extract_shard(shard: int, clips: pa.Table) -> ShardReport:
@@ -317,4 +316,3 @@ def _client(scheduler: str | None) -> Iterator[Client]:
         Client(cluster) as client,
     ):
         yield client
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from patchbank.pipeline.bank.commit import committed_names, shard_name
 from patchbank.pipeline.bank.layout import rows_per_shard
 from patchbank.pipeline.bank.schema import FORMAT_VERSION, POOLED, BankSchema
 from patchbank.pipeline.errors import PatchbankError
-from patchbank.pipeline.specs import Grid, Json, Recipe, canonical_json, digest
+from patchbank.pipeline.specs import Grid, Json, Recipe, digest
 
 SPARE_BYTES = 64 * 2**20
 """Room for parts, records and the file system's own needs."""
@@ -96,7 +97,9 @@ def rows_digest(clips: pa.Table) -> str:
     """SHA-256 over the planned rows, user columns included."""
     hasher = hashlib.sha256()
     for name in clips.column_names:
-        hasher.update(canonical_json([name, clips[name].to_pylist()]))
+        # User columns may hold dates, bytes or NaN, which have no JSON of their own.
+        column = [name, clips[name].to_pylist()]
+        hasher.update(json.dumps(column, separators=(",", ":"), default=str).encode())
     return hasher.hexdigest()
 
 

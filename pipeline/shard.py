@@ -166,7 +166,9 @@ class ShardExtractor:
         # A failed clip is silence in its batch, so that its mates' tokens stay the same.
         silence = np.zeros(self._n_samples, np.float32)
         waveforms = [silence if isinstance(clip, AudioError) else clip.waveform for clip in decoded]
-        n_audio = [None if isinstance(clip, AudioError) else clip.n_audio_samples for clip in decoded]
+        n_audio = [
+            None if isinstance(clip, AudioError) else clip.n_audio_samples for clip in decoded
+        ]
         stored = self._encode(np.stack(waveforms), n_audio)
         return [self._write_row(i, clip, stored, writers) for i, clip in enumerate(decoded)]
 

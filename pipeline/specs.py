@@ -115,8 +115,8 @@ class WindowSpec:
     """How recordings become clips of one length.
 
     Windows start at 0, `hop_s`, 2 `hop_s`, ... of a row's segment. The first is always kept and
-    padded if it is short; a later one is kept when at least `min_new_fraction` of a hop in it is
-    audio that no earlier window holds.
+    padded if it is short; a later one is kept when at least `min_new_fraction` of a hop (or of a
+    window, where that is shorter) in it is audio that no earlier window holds.
     """
 
     window_s: float = 10.0
@@ -132,11 +132,13 @@ class WindowSpec:
     def starts_s(self, segment_s: float) -> list[float]:
         """Starts of the windows of a segment, in seconds from its beginning."""
         starts = [0.0]
+        least_new_s = self.min_new_fraction * min(self.hop_s, self.window_s)
         while True:
-            new_audio_s = segment_s - (starts[-1] + self.window_s)
-            if new_audio_s <= 0 or new_audio_s < self.min_new_fraction * self.hop_s:
+            start_s = len(starts) * self.hop_s
+            new_audio_s = segment_s - max(start_s, starts[-1] + self.window_s)
+            if new_audio_s <= 0 or new_audio_s < least_new_s:
                 return starts
-            starts.append(len(starts) * self.hop_s)
+            starts.append(start_s)
 
 
 @dataclass(frozen=True)

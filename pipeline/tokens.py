@@ -41,7 +41,10 @@ def store_tokens(
 
 
 def _failures(
-    tokens: Float[Tensor, "batch token dim"], stored: Float[Tensor, "batch token dim"], *, dtype: str
+    tokens: Float[Tensor, "batch token dim"],
+    stored: Float[Tensor, "batch token dim"],
+    *,
+    dtype: str,
 ) -> tuple[str | None, ...]:
     not_finite = _count(~torch.isfinite(tokens))
     overflow = _count(torch.isfinite(tokens) & ~torch.isfinite(stored))
@@ -75,9 +78,7 @@ def _pool(
     return torch.stack([mean, highest, lowest], 1)
 
 
-def counted_patches(
-    grid: Grid, *, n_audio_samples: int, n_samples: int, mask_padding: bool
-) -> int:
+def counted_patches(grid: Grid, *, n_audio_samples: int, n_samples: int, mask_padding: bool) -> int:
     """Patches of a clip that count: all, or with `mask_padding` those whose time holds audio.
 
     Tokens are time-major, so these are the first ones.

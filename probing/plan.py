@@ -15,10 +15,10 @@ def batches(rows: Rows, *, batch_size: int, seed: int, epoch: int) -> list[Rows]
     large that reading in this order costs nothing over reading in sequence.
     """
     order = np.random.default_rng([seed, epoch]).permutation(rows)
-    return in_order(order, batch_size=batch_size)
+    return sequential(order, batch_size=batch_size)
 
 
-def in_order(rows: Rows, *, batch_size: int) -> list[Rows]:
+def sequential(rows: Rows, *, batch_size: int) -> list[Rows]:
     """`rows` as they come, cut into batches, the last of which may be short."""
     if batch_size < 1:
         raise ValueError(f"found batch_size={batch_size}, expected at least 1")

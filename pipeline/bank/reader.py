@@ -90,7 +90,7 @@ class Bank:
         """The stored mean, max or min over patches; NaN for failed rows."""
         return np.asarray(self._small(layer, pool)[:])
 
-    def _small(self, layer: int, name: str) -> zarr.Array:
+    def _small(self, layer: int, name: str) -> zarr.Array[Any]:
         path = f"layers/{self.resolve_layer(layer)}/{name}"
         return zarr.open_array(self.path / path, mode="r")
 

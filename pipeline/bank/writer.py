@@ -78,7 +78,7 @@ class ShardFileWriter:
 
     def write_row(self, row: np.ndarray) -> RowDigest:
         """Appends one row, shape (token, dim) in the stored dtype."""
-        data = memoryview(np.ascontiguousarray(row)).cast("B")
+        data = np.ascontiguousarray(row).data.cast("B")
         if len(data) != self._layout.row_bytes:
             raise ValueError(f"a row has {self._layout.row_bytes} bytes, found {len(data)}")
         self._write([data, memoryview(self._padding)])

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from patchbank.pipeline.encoders.base import Encoder
 
-_MODULES = {
+ENCODER_MODULES = {
     "efficientat": "patchbank.pipeline.encoders.efficientat",
     "fake": "patchbank.pipeline.encoders.fake",
     "logmel": "patchbank.pipeline.encoders.logmel",
@@ -25,7 +25,7 @@ _MODULES = {
 
 def encoder_names() -> list[str]:
     """Names that `load_encoder` takes."""
-    return sorted(_MODULES)
+    return sorted(ENCODER_MODULES)
 
 
 def load_encoder(
@@ -36,10 +36,10 @@ def load_encoder(
     `weights` is the publisher's own file; encoders with bundled weights or none take None.
     Raises `EncoderError` for an unknown name, a missing file or weights that do not fit.
     """
-    if name not in _MODULES:
+    if name not in ENCODER_MODULES:
         raise EncoderError(f"unknown encoder {name!r}; there are: {', '.join(encoder_names())}")
     path = None if weights is None else Path(weights)
     if path is not None and not path.exists():
         raise EncoderError(f"no weights at {path}; give the path of the checkpoint file")
-    encoder: Encoder = import_module(_MODULES[name]).load(path, device)
+    encoder: Encoder = import_module(ENCODER_MODULES[name]).load(path, device)
     return encoder

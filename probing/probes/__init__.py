@@ -1,0 +1,39 @@
+"""Probe families by name.
+
+`PROBES` maps a name to its `build(shape, options)`; the docstring of a build function states the
+formula and its source. Published parameter counts rest on them and are tested. A probe keeps its
+own name in `probe.json`, so a name never changes its meaning.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+
+from patchbank.pipeline.errors import TrialError
+from patchbank.probing.probes.base import Options, Probe, ProbeShape
+from patchbank.probing.probes.linear import build_linear, build_linear_cls
+from patchbank.probing.probes.mhca import build_mhca
+from patchbank.probing.probes.prototypes import build_protobin, build_protofloat
+
+Build = Callable[[ProbeShape, Options], Probe]
+
+PROBES: Mapping[str, Build] = {
+    "linear": build_linear,
+    "linear-cls": build_linear_cls,
+    "mhca": build_mhca,
+    "protobin": build_protobin,
+    "protofloat": build_protofloat,
+}
+
+
+def build_probe(name: str, shape: ProbeShape, options: Options | None = None) -> Probe:
+    """The probe family `name` for tokens and classes of `shape`; raises `TrialError`."""
+    if name not in PROBES:
+        near = difflib.get_close_matches(name, PROBES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise TrialError(
+            f"found probe {name!r}, expected one of {', '.join(PROBES)}{hint} "
+            "(list them with: patchbank probes)"
+        )
+    return PROBES[name](shape, options or {})

@@ -1,0 +1,44 @@
+"""Values that options take, as enumerations that typer can print."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Pad(Enum):
+    """Rules of `WindowSpec.pad`."""
+
+    zero = "zero"
+    repeat = "repeat"
+
+
+class StoredDType(Enum):
+    """Types that tokens are stored in."""
+
+    float16 = "float16"
+    float32 = "float32"
+
+
+class TaskKind(Enum):
+    """What labels mean: any number of classes a clip, or exactly one."""
+
+    auto = "auto"
+    multilabel = "multilabel"
+    multiclass = "multiclass"
+
+
+class Loss(Enum):
+    """Losses of `TrainSettings.loss`."""
+
+    auto = "auto"
+    asymmetric = "asymmetric"
+    bce = "bce"
+    cross_entropy = "cross-entropy"
+
+
+class Tier(Enum):
+    """Tiers of `BatchLoader`."""
+
+    auto = "auto"
+    ram = "ram"
+    map = "map"

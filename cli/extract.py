@@ -1,0 +1,179 @@
+"""`patchbank extract`: clips and an encoder in, a sealed bank out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from patchbank.cli.choices import Pad, StoredDType
+
+if TYPE_CHECKING:
+    from patchbank.pipeline.bank import Bank
+    from patchbank.pipeline.extract import Extraction
+    from patchbank.pipeline.extract import Progress as ExtractionProgress
+    from patchbank.pipeline.manifest import ClipTable
+
+
+def extract(
+    clips: Annotated[Path, typer.Argument(help="CSV or Parquet table, or a folder of audio.")],
+    encoder: Annotated[str, typer.Option(help="Encoder name; see `patchbank encoders`.")],
+    out: Annotated[Path, typer.Option(help="The bank to make or to finish.")],
+    weights: Annotated[Path | None, typer.Option(help="Checkpoint of the encoder.")] = None,
+    audio_root: Annotated[
+        Path | None, typer.Option(help="What paths are relative to. [default: the table's folder]")
+    ] = None,
+    window_s: Annotated[float, typer.Option(min=0.01, help="Length of a clip, seconds.")] = 10.0,
+    hop_s: Annotated[
+        float | None, typer.Option(min=0.01, help="Step between clips. [default: window-s]")
+    ] = None,
+    pad: Annotated[Pad, typer.Option(help="What fills a short clip, at its end.")] = Pad.zero,
+    layers: Annotated[str, typer.Option(help="last, all, or 1-based layers: 3,6,12.")] = "last",
+    dtype: Annotated[StoredDType, typer.Option(help="Stored type.")] = StoredDType.float16,
+    mask_padding: Annotated[
+        bool, typer.Option("--mask-padding", help="Count only patches that hold audio.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Clips encoded together.")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Address of a Dask scheduler. [default: this process]")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Run a frozen encoder over audio once and keep its patch tokens.
+
+    The same line again finishes what an earlier one began.
+    """
+    from patchbank.pipeline.extract import ExtractionSettings, prepare
+    from patchbank.pipeline.extract import run as run_extraction
+    from patchbank.pipeline.specs import WindowSpec
+
+    settings = ExtractionSettings(
+        window=WindowSpec(window_s, hop_s or window_s, pad.value),
+        layers=parse_layers(layers),
+        stored_dtype=dtype.value,
+        mask_padding=mask_padding,
+        device=device,
+        batch_size=batch_size,
+        scheduler=scheduler,
+    )
+    extraction = prepare(
+        clips, encoder=encoder, out=out, weights=weights, audio_root=audio_root, settings=settings
+    )
+    if dry_run:
+        print_plan(extraction, as_json=json_output)
+        return
+    with progress_bar("extract") as progress:
+        bank = run_extraction(extraction, scheduler=scheduler, progress=progress)
+    labels = write_labels(extraction.table, out)
+    print_bank(bank, labels=labels, as_json=json_output)
+
+
+def parse_layers(text: str) -> str | tuple[int, ...]:
+    """ "last", "all", or the numbers of a comma-separated list; exits with 2 for anything else."""
+    if text in ("last", "all"):
+        return text
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"--layers takes last, all, or 3,6,12; found {text!r}") from None
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[ExtractionProgress], None]]:
+    """A bar on stderr with clips a second and the time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} clips"),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[failed]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None, start=True, rate="", failed="", visible=False)
+
+        def show(state: ExtractionProgress) -> None:
+            speed = bar.tasks[task].finished_speed or bar.tasks[task].speed
+            bar.update(
+                task,
+                visible=True,
+                total=state.n_clips,
+                completed=state.n_done + state.n_failed,
+                rate=f"{speed:.0f} clips/s" if speed else "",
+                failed=f"{state.n_failed} failed" if state.n_failed else "",
+            )
+
+        yield show
+
+
+def print_plan(extraction: Extraction, *, as_json: bool) -> None:
+    """What an extraction would do, on stdout."""
+    import json
+
+    from patchbank.pipeline.plan import human_bytes
+
+    plan = extraction.plan
+    facts = {
+        "clips": plan.schema.n_rows,
+        "shards": plan.schema.n_shards,
+        "shards_missing": len(plan.missing_shards),
+        "bytes": plan.total_bytes,
+        "bytes_missing": plan.missing_bytes,
+        "bytes_free": plan.free_bytes,
+        "layers": {
+            spec.layer: {
+                "grid": [plan.schema.grids[spec.layer].time, plan.schema.grids[spec.layer].freq],
+                "dim": spec.dim,
+                "prefix": spec.n_prefix,
+            }
+            for spec in plan.schema.layers
+        },
+    }
+    if as_json:
+        print(json.dumps(facts))
+        return
+    print(f"clips    {facts['clips']}")
+    print(f"shards   {facts['shards']}, {facts['shards_missing']} still to do")
+    for spec in plan.schema.layers:
+        grid = plan.schema.grids[spec.layer]
+        print(f"layer {spec.layer:<2} {grid.time} x {grid.freq} patches of {spec.dim}")
+    print(f"size     {human_bytes(plan.total_bytes)}, {human_bytes(plan.missing_bytes)} to write")
+    print(f"free     {human_bytes(plan.free_bytes)} at {plan.bank.absolute().parent}")
+    plan.check_space()
+
+
+def write_labels(table: ClipTable, out: Path) -> Path | None:
+    """The labels of a folder of class folders, as X.labels.csv beside X.bank."""
+    if table.labels is None:
+        return None
+    from pyarrow import csv
+
+    path = out.with_name(f"{out.stem}.labels.csv")
+    csv.write_csv(table.labels, path)
+    return path
+
+
+def print_bank(bank: Bank, *, labels: Path | None, as_json: bool) -> None:
+    """What a bank holds, on stdout; failed clips on stderr."""
+    import json
+
+    n_failed = int((bank.status == 2).sum())
+    if as_json:
+        facts = {"bank": str(bank.path), "fingerprint": bank.fingerprint, "clips": bank.n_rows}
+        print(json.dumps(facts | {"failed": n_failed, "labels": str(labels) if labels else None}))
+        return
+    for row in bank.clips.select(["clip_id", "status", "reason"]).to_pylist():
+        if row["status"] == 2:
+            print(f"failed: {row['clip_id']}: {row['reason']}", file=sys.stderr)
+    print(f"{bank.path}: {bank.n_rows} clips, {n_failed} failed, {bank.fingerprint[:12]}")
+    if labels:
+        print(f"{labels}: labels from the folder names")

@@ -1,0 +1,47 @@
+"""The program `patchbank`. Importing this loads no torch: each command loads what it needs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from patchbank.cli import demo, encoders, extract, predict, probes, train
+from patchbank.pipeline.errors import PatchbankError
+
+app = typer.Typer(
+    name="patchbank",
+    help="Run a frozen audio encoder once, keep every patch token, train any number of probes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+app.command("demo")(demo.demo)
+app.command("extract")(extract.extract)
+app.command("train-probe")(train.train_probe)
+app.command("predict")(predict.predict)
+app.command("encoders")(encoders.encoders)
+app.command("probes")(probes.probes)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command line; 0 done, 1 failed, 2 misused. Errors are printed without traceback."""
+    try:
+        app(args=None if arguments is None else list(arguments))
+    except PatchbankError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
+        return 130
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    return 0
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main())

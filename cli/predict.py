@@ -1,0 +1,154 @@
+"""`patchbank predict`: labels for new audio, or for the clips of a bank, from a trained probe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from patchbank.pipeline.errors import AudioError, PatchbankError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from patchbank.pipeline.stream import TokenStream
+    from patchbank.probing.artefact import ProbeArtefact
+
+Row = tuple[str, float, float, "np.ndarray[Any, Any]"]
+"""Clip or path, start and end in seconds, one probability a class."""
+
+
+def predict(
+    run: Annotated[
+        Path, typer.Argument(help="What train-probe left, or one probe's folder in it.")
+    ],
+    audio: Annotated[
+        list[Path] | None, typer.Argument(help="Audio files, or folders of them.")
+    ] = None,
+    bank: Annotated[Path | None, typer.Option(help="Label a bank's clips instead.")] = None,
+    probe: Annotated[
+        str | None, typer.Option(help="Which probe of the run. [default: best on validation]")
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="The encoder's checkpoint, where it is not bundled.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Classes to print for each window.")] = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="Write every class's probability to this CSV.")
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+) -> None:
+    """Label audio with a trained probe; long recordings are labelled window by window."""
+    from patchbank.probing.artefact import load_probe
+    from patchbank.probing.run_folder import probe_folder
+
+    if bool(audio) == (bank is not None):
+        raise typer.BadParameter("give audio files, or --bank X.bank")
+    artefact = load_probe(probe_folder(run, probe))
+    if bank is not None:
+        rows = rows_of_bank(artefact, bank)
+    else:
+        # Opened before any output: a wrong encoder leaves no half-written file.
+        stream = open_stream(artefact, weights=weights, device=device)
+        rows = rows_of_audio(artefact, stream, audio or [])
+    write_rows(rows, artefact.classes, top=top, out=out, as_json=json_output)
+
+
+def rows_of_bank(artefact: ProbeArtefact, path: Path) -> Iterator[Row]:
+    """One row for each clip of a bank that has tokens."""
+    import numpy as np
+
+    from patchbank.pipeline.bank import open_bank
+    from patchbank.probing.loader import BatchLoader
+
+    bank = open_bank(path)
+    artefact.check_encoder(bank.card["encoder"], bank.encoder_id)
+    clips = bank.clips.select(["clip_id", "start_s", "duration_s"]).to_pylist()
+    loader = BatchLoader(bank, layer=artefact.layer, shuffle=False)
+    for batch in loader:
+        scores = artefact.predict_proba(batch.patches, batch.prefix, batch.n_patches)
+        for row, probabilities in zip(np.asarray(batch.rows).tolist(), scores, strict=True):
+            clip = clips[row]
+            end_s = clip["start_s"] + clip["duration_s"]
+            yield clip["clip_id"], clip["start_s"], end_s, probabilities
+
+
+def open_stream(artefact: ProbeArtefact, *, weights: Path | None, device: str) -> TokenStream:
+    """The probe's encoder and its bank's settings; `BankMismatch` for other weights."""
+    from patchbank.pipeline.encoders import load_encoder
+    from patchbank.pipeline.extract import choose_device
+    from patchbank.pipeline.specs import WindowSpec
+    from patchbank.pipeline.stream import TokenStream
+
+    chosen = choose_device(device)
+    encoder = load_encoder(str(artefact.encoder["name"]), weights=weights, device=chosen)
+    artefact.check_encoder(encoder.spec.identity(), encoder.spec.encoder_id)
+    assert artefact.layer is not None
+    return TokenStream(
+        encoder=encoder,
+        layer=artefact.layer,
+        window=WindowSpec(**artefact.window),
+        stored_dtype=artefact.tokens["stored_dtype"],
+        mask_padding=artefact.tokens["mask_padding"],
+        device=chosen,
+    )
+
+
+def rows_of_audio(
+    artefact: ProbeArtefact, stream: TokenStream, audio: Sequence[Path]
+) -> Iterator[Row]:
+    """One row for each window of each recording; raises at the end if some could not be read."""
+    failed = 0
+    for path in recordings(audio):
+        try:
+            for encoded in stream.encode(path):
+                scores = artefact.predict_proba(encoded.patches, encoded.prefix, encoded.n_patches)
+                for window, probabilities in zip(encoded.windows, scores, strict=True):
+                    end_s = window.start_s + window.duration_s
+                    yield str(path), window.start_s, end_s, probabilities
+        except AudioError as error:
+            failed += 1
+            print(f"failed: {path}: {error}", file=sys.stderr)
+    if failed:
+        raise PatchbankError(f"{failed} recording{'s' * (failed > 1)} could not be read")
+
+
+def recordings(audio: Sequence[Path]) -> Iterator[Path]:
+    """The files named, and all audio below the folders named."""
+    from patchbank.pipeline.manifest.folder import read_folder
+
+    for path in audio:
+        if path.is_dir():
+            yield from (path / name for name in read_folder(path).paths)
+        else:
+            yield path
+
+
+def write_rows(
+    rows: Iterator[Row], classes: Sequence[str], *, top: int, out: Path | None, as_json: bool
+) -> None:
+    """Prints each row's best classes, and writes all probabilities where `out` names a file."""
+    import csv
+    import json
+    from contextlib import ExitStack
+
+    with ExitStack() as stack:
+        table = None
+        if out is not None:
+            table = csv.writer(stack.enter_context(out.open("w", newline="", encoding="utf-8")))
+            table.writerow(["clip", "start_s", "end_s", *classes])
+        for name, start_s, end_s, probabilities in rows:
+            best = [int(index) for index in probabilities.argsort()[::-1][:top]]
+            if table is not None:
+                table.writerow([name, start_s, end_s, *(f"{p:.6f}" for p in probabilities)])
+            if as_json:
+                labels = {classes[index]: round(float(probabilities[index]), 6) for index in best}
+                fact = {"clip": name, "start_s": start_s, "end_s": end_s, "labels": labels}
+                print(json.dumps(fact))
+            else:
+                words = "  ".join(f"{classes[index]} {probabilities[index]:.2f}" for index in best)
+                print(f"{name}  {start_s:.1f}-{end_s:.1f} s  {words}")

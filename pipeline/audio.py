@@ -1,0 +1,121 @@
+"""Decodes one clip: the frames of its window, as one channel at one rate and of one length."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float32
+
+from patchbank.pipeline.errors import AudioError
+from patchbank.pipeline.sound_file import open_sound
+from patchbank.pipeline.sound_file import probe_duration_s as probe_duration_s
+from patchbank.pipeline.specs import PadRule, WindowSpec
+
+_MAX_KERNEL_ELEMENTS = 1 << 26
+"""Of the resampler's table, which is new rate x old rate after their common divisor is taken out:
+22,255 Hz to 16,000 Hz needs 14 million, 44,101 Hz (a damaged header) 700 million."""
+
+
+@dataclass(frozen=True)
+class DecodedClip:
+    """The samples of a clip, ready for an encoder."""
+
+    waveform: Float32[np.ndarray, " sample"]
+    audio_sha256: str
+    """Hexadecimal SHA-256 of the window's samples as decoded, before mixing, resampling and
+    padding: little-endian float32, channels interleaved, nothing before or after them."""
+    n_audio_samples: int
+    """How many samples of `waveform`, from its start, are audio and not padding."""
+
+
+def decode_clip(
+    path: Path,
+    *,
+    start_s: float,
+    window: WindowSpec,
+    sample_rate_hz: int,
+    duration_s: float | None = None,
+) -> DecodedClip:
+    """The clip that starts at `start_s` of a recording, mixed to one channel at `sample_rate_hz`.
+
+    Reads no more of the file than the window, or `duration_s` of it where that is less. Raises
+    `AudioError` with a reason of one line that does not hold the path.
+    """
+    wanted_s = window.window_s if duration_s is None else min(window.window_s, duration_s)
+    frames, rate_hz = _read_frames(path, start_s, wanted_s, sample_rate_hz)
+    n_bad = frames.size - int(np.isfinite(frames).sum())
+    if n_bad:
+        raise AudioError(f"{n_bad} of {frames.size} samples are NaN or infinite")
+    mono = frames[:, 0] if frames.shape[1] == 1 else frames.mean(axis=1, dtype=np.float32)
+    audio = _resampled(mono, from_hz=rate_hz, to_hz=sample_rate_hz)
+    n_samples = window.n_samples(sample_rate_hz)
+    return DecodedClip(
+        waveform=_fitted(audio, n_samples, window.pad),
+        audio_sha256=hashlib.sha256(frames.astype("<f4", copy=False).data).hexdigest(),
+        n_audio_samples=min(len(audio), n_samples),
+    )
+
+
+def _read_frames(
+    path: Path, start_s: float, wanted_s: float, sample_rate_hz: int
+) -> tuple[Float32[np.ndarray, "sample channel"], int]:
+    """The window's frames as decoded, and their rate in Hz."""
+    with open_sound(path) as sound:
+        rate_hz = int(sound.samplerate)
+        _check_rate(rate_hz, sample_rate_hz)
+        first, n_frames = round(start_s * rate_hz), round(wanted_s * rate_hz)
+        frames = np.empty((0, sound.channels), np.float32)
+        if first < sound.frames:
+            sound.seek(first)
+            frames = sound.read(n_frames, dtype="float32", always_2d=True)
+    if not wanted_s:
+        raise AudioError("the recording has no samples, or its length could not be read")
+    if not len(frames):
+        raise AudioError(f"no samples between {start_s:g} s and {start_s + wanted_s:g} s")
+    return frames, rate_hz
+
+
+def _check_rate(rate_hz: int, sample_rate_hz: int) -> None:
+    divisor = math.gcd(rate_hz, sample_rate_hz)
+    if (rate_hz // divisor) * (sample_rate_hz // divisor) > _MAX_KERNEL_ELEMENTS:
+        raise AudioError(
+            f"found a sample rate of {rate_hz} Hz, no small ratio to {sample_rate_hz} Hz; "
+            "convert the file to a usual rate"
+        )
+
+
+def _resampled(
+    waveform: Float32[np.ndarray, " sample"], *, from_hz: int, to_hz: int
+) -> Float32[np.ndarray, " resampled"]:
+    if from_hz == to_hz:
+        return waveform
+    import torch
+    from torchaudio.functional import resample
+
+    from patchbank.pipeline.encoders.base import RESAMPLER
+
+    with torch.no_grad():
+        resampled = resample(
+            torch.from_numpy(waveform),
+            from_hz,
+            to_hz,
+            lowpass_filter_width=RESAMPLER["lowpass_filter_width"],
+            rolloff=RESAMPLER["rolloff"],
+            resampling_method=RESAMPLER["method"],
+        )
+    return np.asarray(resampled.numpy())
+
+
+def _fitted(
+    audio: Float32[np.ndarray, " sample"], n_samples: int, pad: PadRule
+) -> Float32[np.ndarray, " window"]:
+    """`audio` cut, or padded at its end, to `n_samples`."""
+    if len(audio) >= n_samples:
+        return np.ascontiguousarray(audio[:n_samples])
+    if pad == "repeat":
+        return np.resize(audio, n_samples)
+    return np.pad(audio, (0, n_samples - len(audio)))

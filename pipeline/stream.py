@@ -1,0 +1,106 @@
+"""Tokens of recordings without a bank: for a probe that labels new audio."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+
+from patchbank.pipeline.audio import DecodedClip, decode_clip, probe_duration_s
+from patchbank.pipeline.encoders.base import Encoder
+from patchbank.pipeline.errors import AudioError
+from patchbank.pipeline.specs import StoredDType, WindowSpec
+from patchbank.pipeline.tokens import TORCH_DTYPES, counted_patches
+
+
+@dataclass(frozen=True)
+class Window:
+    """One window of a recording."""
+
+    path: Path
+    start_s: float
+    duration_s: float
+    """Seconds of audio in it."""
+
+
+@dataclass(frozen=True)
+class EncodedWindows:
+    """The tokens of some windows of one recording, as a bank would hold them."""
+
+    windows: tuple[Window, ...]
+    patches: Float[np.ndarray, "clip patch dim"]
+    prefix: Float[np.ndarray, "clip prefix dim"] | None
+    n_patches: Int64[np.ndarray, " clip"]
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """How recordings become tokens: the encoder and the settings of a bank's card."""
+
+    encoder: Encoder
+    layer: int
+    window: WindowSpec
+    stored_dtype: StoredDType = "float16"
+    mask_padding: bool = False
+    device: str = "cpu"
+    batch_size: int = 16
+
+    def encode(self, path: Path) -> Iterator[EncodedWindows]:
+        """The tokens of a recording, some windows at a time; `AudioError` where it cannot be read.
+
+        Memory holds two batches of windows, however long the recording is.
+        """
+        windows = windows_of(path, self.window)
+        with ThreadPoolExecutor(2, thread_name_prefix="decode") as decoders:
+            for start in range(0, len(windows), self.batch_size):
+                chosen = windows[start : start + self.batch_size]
+                yield self._encode(chosen, list(decoders.map(self._decode, chosen)))
+
+    def _decode(self, window: Window) -> DecodedClip:
+        return decode_clip(
+            window.path,
+            start_s=window.start_s,
+            duration_s=window.duration_s,
+            window=self.window,
+            sample_rate_hz=self.encoder.spec.sample_rate_hz,
+        )
+
+    @torch.no_grad()
+    def _encode(self, windows: Sequence[Window], clips: Sequence[DecodedClip]) -> EncodedWindows:
+        waveforms = torch.from_numpy(np.stack([clip.waveform for clip in clips]))
+        features = self.encoder.frontend(waveforms.to(self.device))
+        tokens = self.encoder.encode(features, [self.layer])[self.layer]
+        dtype = TORCH_DTYPES[self.stored_dtype]
+        counts = [
+            counted_patches(
+                tokens.grid,
+                n_audio_samples=clip.n_audio_samples,
+                n_samples=waveforms.shape[1],
+                mask_padding=self.mask_padding,
+            )
+            for clip in clips
+        ]
+        return EncodedWindows(
+            tuple(windows),
+            tokens.patches.to(dtype).cpu().numpy(),
+            None if tokens.prefix is None else tokens.prefix.to(dtype).cpu().numpy(),
+            np.array(counts, dtype=np.int64),
+        )
+
+
+def windows_of(path: Path, window: WindowSpec) -> list[Window]:
+    """The windows that a recording gives; `AudioError` where its length cannot be read."""
+    if not path.is_file():
+        raise AudioError("there is no such file")
+    length_s = probe_duration_s(path)
+    if not length_s:
+        raise AudioError("no audio that can be decoded")
+    return [
+        Window(path, start_s, min(window.window_s, length_s - start_s))
+        for start_s in window.starts_s(length_s)
+    ]

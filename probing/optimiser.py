@@ -1,0 +1,73 @@
+"""AdamW over stacked trials, each with its own learning rate and weight decay."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+
+
+class StackedAdamW:
+    """AdamW whose every update stays within a trial's slice; equal to torch.optim.AdamW (tested).
+
+    Like torch.optim.AdamW by default it decays all parameters, biases and queries included.
+    Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, alg. 2.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Float[Tensor, "trial ..."]],
+        *,
+        learning_rates: Float[Tensor, " trial"],
+        weight_decays: Float[Tensor, " trial"],
+    ) -> None:
+        self._parameters = list(parameters)
+        self._learning_rates, self._weight_decays = learning_rates, weight_decays
+        self._means = [torch.zeros_like(parameter) for parameter in parameters]
+        self._squares = [torch.zeros_like(parameter) for parameter in parameters]
+        self._n_steps = 0
+
+    @torch.no_grad()
+    def step(self, *, factor: float = 1.0) -> None:
+        """One update with `factor` times the learning rates, then forgets the gradients."""
+        self._n_steps += 1
+        rates = self._learning_rates * factor
+        for parameter, mean, square in zip(
+            self._parameters, self._means, self._squares, strict=True
+        ):
+            if parameter.grad is not None:
+                self._update(parameter, parameter.grad, mean, square, rates)
+            parameter.grad = None
+
+    def _update(
+        self,
+        parameter: Float[Tensor, "trial ..."],
+        gradient: Float[Tensor, "trial ..."],
+        mean: Float[Tensor, "trial ..."],
+        square: Float[Tensor, "trial ..."],
+        rates: Float[Tensor, " trial"],
+    ) -> None:
+        shape = (-1, *[1] * (parameter.ndim - 1))
+        parameter.mul_((1 - rates * self._weight_decays).view(shape))
+        mean.lerp_(gradient, 1 - BETAS[0])
+        square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
+        unbiased = square.sqrt().div_(math.sqrt(1 - BETAS[1] ** self._n_steps)).add_(EPSILON)
+        step = (rates / (1 - BETAS[0] ** self._n_steps)).view(shape)
+        parameter.sub_(unbiased.reciprocal_().mul_(mean).mul_(step))
+
+
+def cosine_factor(step: int, *, n_steps: int, n_warmup_steps: int = 0) -> float:
+    """Share of the learning rate at 0-based `step`: linear warm-up, then half a cosine to zero.
+
+    Source: Loshchilov and Hutter, "SGDR", ICLR 2017, eq. 5, without restarts.
+    """
+    if step < n_warmup_steps:
+        return (step + 1) / n_warmup_steps
+    progress = (step - n_warmup_steps) / max(1, n_steps - n_warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

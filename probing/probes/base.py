@@ -1,0 +1,114 @@
+"""What a probe family is: how it starts, and how stacked trials of it turn tokens into logits.
+
+A family is a frozen description; parameters live outside it, in a `Weights` dictionary with one
+leading trial axis, so that any number of trials is one batched product and a trial's parameters
+are a slice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from patchbank.pipeline.errors import TrialError
+from patchbank.probing.probes.tokens import Tokens
+from patchbank.probing.randomness import generator
+
+Weights = dict[str, Tensor]
+Logits = Float[Tensor, "trial clip class"]
+Dropout = Sequence[torch.Generator]
+"""One generator a trial, on the device of the weights."""
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class ProbeShape:
+    """What a probe is built for."""
+
+    dim: int
+    n_classes: int
+    n_prefix: int = 0
+
+
+class Probe(Protocol):
+    """One probe family for one shape."""
+
+    @property
+    def shape(self) -> ProbeShape: ...
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every hyper-parameter, resolved, as plain JSON; building with them gives the same."""
+        ...
+
+    @property
+    def learning_rate_range(self) -> tuple[float, float]:
+        """Lowest and highest learning rate worth trying."""
+        ...
+
+    def first_weights(self, random: torch.Generator) -> Weights:
+        """One trial's parameters before training, float32 on the CPU."""
+        ...
+
+    def logits(self, weights: Weights, tokens: Tokens, *, dropout: Dropout | None = None) -> Logits:
+        """Logits of stacked trials for one batch; `dropout` is None outside training."""
+        ...
+
+
+def stacked_weights(probe: Probe, name: str, seeds: Sequence[int]) -> Weights:
+    """First parameters of one trial a seed; (family, seed) alone decide them."""
+    trials = [probe.first_weights(generator(f"weights/{name}", seed)) for seed in seeds]
+    return {key: torch.stack([trial[key] for trial in trials]) for key in trials[0]}
+
+
+def n_parameters(probe: Probe) -> int:
+    """Trained numbers of one trial."""
+    return sum(value.numel() for value in probe.first_weights(torch.Generator()).values())
+
+
+def uniform_linear(
+    n_out: int, n_in: int, random: torch.Generator, *, bias: bool = True
+) -> list[Tensor]:
+    """Weight (n_out, n_in) and bias (n_out), U(-1/sqrt(n_in), 1/sqrt(n_in)): torch.nn.Linear's."""
+    bound = 1 / math.sqrt(n_in)
+    shapes = [(n_out, n_in), (n_out,)] if bias else [(n_out, n_in)]
+    return [torch.empty(shape).uniform_(-bound, bound, generator=random) for shape in shapes]
+
+
+def apply_linear(
+    features: Float[Tensor, "trial clip feature"],
+    weight: Float[Tensor, "trial class feature"],
+    bias: Float[Tensor, "trial class"],
+) -> Logits:
+    """Each trial's own linear layer."""
+    return torch.baddbmm(bias[:, None], features, weight.transpose(1, 2))
+
+
+def apply_dropout(
+    features: Float[Tensor, "trial clip feature"], rate: float, dropout: Dropout | None
+) -> Float[Tensor, "trial clip feature"]:
+    """Inverted dropout with each trial's own generator."""
+    if dropout is None or rate == 0:
+        return features
+    kept = [_kept(features[0], rate, random) for random in dropout]
+    return features * torch.stack(kept) / (1 - rate)
+
+
+def _kept(
+    features: Float[Tensor, "clip feature"], rate: float, random: torch.Generator
+) -> Bool[Tensor, "clip feature"]:
+    return torch.rand(features.shape, generator=random, device=features.device) >= rate
+
+
+def check_options(name: str, options: Options, known: Sequence[str]) -> None:
+    """Raises `TrialError` for an option that the probe does not have."""
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        raise TrialError(f"found option {', '.join(unknown)} for probe {name!r}; {has}")

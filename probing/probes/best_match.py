@@ -1,0 +1,103 @@
+"""The highest similarity of each prototype with any token of a clip, in bounded scratch.
+
+Similarities of all prototypes with all tokens would be (clip, patch, prototype): 5 GB for
+AudioSet. They are made block by block, reduced at once and forgotten; the tokens are frozen, so
+the backward pass only needs the winning token of each prototype: a gather, not a second product.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+PROTOTYPE_BLOCK = 1024
+CPU_SCRATCH = 2**20
+"""Similarities a block may hold: what stays in a core's cache on its way to the maximum."""
+DEVICE_SCRATCH = 2**26
+
+
+def best_match(
+    directions: Float[Tensor, "clip patch dim"],
+    prototypes: Float[Tensor, "prototype dim"],
+    counts: Bool[Tensor, "clip patch"] | None = None,
+) -> Float[Tensor, "clip prototype"]:
+    """max over the patches that count of prototype . direction; gradient for prototypes only."""
+    if torch.is_grad_enabled() and prototypes.requires_grad:
+        value: Tensor = _BestMatch.apply(directions, prototypes, counts)  # type: ignore[no-untyped-call]
+        return value
+    return _search(directions, prototypes, counts, want_winner=False)[0]
+
+
+class _BestMatch(torch.autograd.Function):
+    """Forward: the maximum. Backward: d/d prototype = sum over clips of gradient x winner."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        directions: Float[Tensor, "clip patch dim"],
+        prototypes: Float[Tensor, "prototype dim"],
+        counts: Bool[Tensor, "clip patch"] | None,
+    ) -> Float[Tensor, "clip prototype"]:
+        best, winner = _search(directions, prototypes, counts, want_winner=True)
+        ctx.save_for_backward(directions, winner)
+        return best
+
+    @staticmethod
+    def backward(
+        ctx: Any, gradient: Float[Tensor, "clip prototype"]
+    ) -> tuple[None, Float[Tensor, "prototype dim"], None]:
+        directions, winner = ctx.saved_tensors
+        n_clips, n_patches, dim = directions.shape
+        first = torch.arange(n_clips, device=winner.device)[:, None] * n_patches
+        # embedding_bag is a gather and a weighted sum in one, with no (prototype, clip, dim) copy.
+        total = F.embedding_bag(
+            (winner + first).T.contiguous(),
+            directions.reshape(-1, dim),
+            per_sample_weights=gradient.T.contiguous(),
+            mode="sum",
+        )
+        return None, total, None
+
+
+def _search(
+    directions: Float[Tensor, "clip patch dim"],
+    prototypes: Float[Tensor, "prototype dim"],
+    counts: Bool[Tensor, "clip patch"] | None,
+    *,
+    want_winner: bool,
+) -> tuple[Float[Tensor, "clip prototype"], Int[Tensor, "clip prototype"]]:
+    """Best similarity and the patch that has it (left empty unless wanted)."""
+    n_clips, n_patches, _ = directions.shape
+    shape = (n_clips, len(prototypes))
+    best = torch.empty(shape, dtype=directions.dtype, device=directions.device)
+    winner = torch.empty(
+        shape if want_winner else (0, 0), dtype=torch.int64, device=directions.device
+    )
+    for clips, block in _blocks(n_clips, n_patches, len(prototypes), directions.device):
+        similarity = torch.matmul(directions[clips], prototypes[block].T)
+        if counts is not None:
+            similarity.masked_fill_(~counts[clips, :, None], -math.inf)
+        if want_winner:
+            best[clips, block], winner[clips, block] = similarity.max(dim=1)
+        else:
+            best[clips, block] = similarity.amax(dim=1)
+    return best, winner
+
+
+def _blocks(
+    n_clips: int, n_patches: int, n_prototypes: int, device: torch.device
+) -> list[tuple[slice, slice]]:
+    """(clips, prototypes) blocks whose similarities fit the scratch."""
+    scratch = CPU_SCRATCH if device.type == "cpu" else DEVICE_SCRATCH
+    width = min(n_prototypes, PROTOTYPE_BLOCK)
+    height = max(1, scratch // (n_patches * width))
+    return [
+        (slice(clip, clip + height), slice(prototype, prototype + width))
+        for prototype in range(0, n_prototypes, width)
+        for clip in range(0, n_clips, height)
+    ]

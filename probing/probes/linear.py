@@ -1,0 +1,78 @@
+"""Linear probes: one global vector of a clip, one linear layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+from patchbank.pipeline.errors import TrialError
+from patchbank.probing.probes.base import (
+    Dropout,
+    Logits,
+    Options,
+    ProbeShape,
+    Weights,
+    check_options,
+    uniform_linear,
+)
+from patchbank.probing.probes.tokens import Tokens
+
+
+@dataclass(frozen=True)
+class LinearProbe:
+    """Linear(D, C) on one vector a clip."""
+
+    shape: ProbeShape
+    pooling: Literal["mean", "cls"]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {}
+
+    @property
+    def learning_rate_range(self) -> tuple[float, float]:
+        return (1e-4, 7e-3)
+
+    def first_weights(self, random: torch.Generator) -> Weights:
+        weight, bias = uniform_linear(self.shape.n_classes, self.shape.dim, random)
+        return {"weight": weight, "bias": bias}
+
+    def logits(self, weights: Weights, tokens: Tokens, *, dropout: Dropout | None = None) -> Logits:
+        if self.pooling == "mean":
+            vector = tokens.mean
+        elif tokens.prefix is None:
+            raise TrialError("found no prefix tokens in the batch, expected a CLS token")
+        else:
+            vector = tokens.prefix[:, 0]
+        # The trials share their input, so all of them are one plain matrix product.
+        n_trials, n_classes, _ = weights["weight"].shape
+        joined = F.linear(vector, weights["weight"].flatten(0, 1), weights["bias"].flatten())
+        return joined.view(-1, n_trials, n_classes).transpose(0, 1)
+
+
+def build_linear(shape: ProbeShape, options: Options) -> LinearProbe:
+    """Linear layer on the mean of a clip's patch tokens.
+
+    logits = W mean_n(z_n) + b, W (C, D). The usual global baseline for encoders without CLS;
+    "Unmute the Patch Tokens" (arXiv 2509.24901).
+    """
+    check_options("linear", options, ())
+    return LinearProbe(shape, "mean")
+
+
+def build_linear_cls(shape: ProbeShape, options: Options) -> LinearProbe:
+    """Linear layer on the CLS token (the first prefix token).
+
+    logits = W o + b, W (C, D). The usual global baseline for encoders with CLS; "Unmute the Patch
+    Tokens" (arXiv 2509.24901).
+    """
+    check_options("linear-cls", options, ())
+    if shape.n_prefix < 1:
+        raise TrialError(
+            "probe 'linear-cls' needs a CLS token, found no prefix tokens in this layer of the "
+            "bank; use --probe linear, which takes the mean of the patches"
+        )
+    return LinearProbe(shape, "cls")

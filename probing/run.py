@@ -1,0 +1,230 @@
+"""`train-probe` without its command line: a bank, labels and probe names in, a RUN folder out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from patchbank.pipeline.errors import TrialError
+from patchbank.probing.artefact import ProbeArtefact, save_probe
+from patchbank.probing.atomic import write_json
+from patchbank.probing.evaluation import Fold, left_out_rows, resamples_of, score_rows
+from patchbank.probing.labels import LabelSet, Task, read_labels
+from patchbank.probing.loader import TokenSource
+from patchbank.probing.metrics import primary_metric
+from patchbank.probing.passes import OnProgress
+from patchbank.probing.probes.base import n_parameters
+from patchbank.probing.protocol import Outcome, train
+from patchbank.probing.results import environment, write_predictions
+from patchbank.probing.settings import TrainSettings
+from patchbank.probing.splits import read_splits
+
+FORMAT = 1
+
+
+class TokenBank(Protocol):
+    """What training needs of a bank."""
+
+    @property
+    def clips(self) -> pa.Table: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def encoder_id(self) -> str: ...
+    @property
+    def recipe_id(self) -> str: ...
+    @property
+    def card(self) -> Mapping[str, Any]: ...
+    @property
+    def layers(self) -> tuple[int, ...]: ...
+    def source(self, layer: int) -> TokenSource: ...
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Everything that the files of a RUN folder are written from."""
+
+    bank: TokenBank
+    layer: int
+    source: TokenSource
+    labels: LabelSet
+    folds: tuple[Fold, ...]
+    settings: TrainSettings
+
+
+def run_training(
+    bank: TokenBank,
+    labels_path: Path,
+    out: Path,
+    *,
+    probes: Sequence[str],
+    settings: TrainSettings | None = None,
+    layer: int | None = None,
+    splits_path: Path | None = None,
+    folds: str | None = None,
+    classes: Sequence[str] | None = None,
+    task: Task = "auto",
+    allow_unlabelled: bool = False,
+    progress: OnProgress | None = None,
+) -> dict[str, Any]:
+    """Trains `probes` on one layer (the last by default) and returns what results.json holds.
+
+    Leaves in `out` one folder a probe and results.json, which is removed first and written last:
+    where it exists, the run is complete. Raises `ManifestError` for wrong tables, `TrialError`.
+    """
+    settings = settings or TrainSettings()
+    layer = _checked_layer(bank, layer)
+    labels = read_labels(
+        labels_path, bank.clips, classes=classes, task=task, allow_unlabelled=allow_unlabelled
+    )
+    splits = read_splits(bank.clips, usable=labels.known, splits_path=splits_path, folds=folds)
+    source = bank.source(layer)
+    trained = []
+    for split in splits:
+        outcomes = train(
+            source,
+            labels.targets,
+            split,
+            probes=probes,
+            multi_label=labels.multi_label,
+            settings=settings,
+            progress=progress,
+        )
+        trained.append(Fold(split, outcomes))
+    return _write(_Run(bank, layer, source, labels, tuple(trained), settings), out)
+
+
+def _checked_layer(bank: TokenBank, layer: int | None) -> int:
+    if layer is None:
+        return max(bank.layers)
+    if layer not in bank.layers:
+        found = ", ".join(map(str, bank.layers))
+        raise TrialError(f"found no layer {layer} in the bank, expected one of {found}")
+    return layer
+
+
+def _write(run: _Run, out: Path) -> dict[str, Any]:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").unlink(missing_ok=True)
+    clip_ids = run.bank.clips.column("clip_id").to_pylist()
+    for index, outcome in enumerate(run.folds[0].outcomes):
+        folder = out / outcome.name
+        write_predictions(
+            folder / "predictions-test.parquet",
+            run.folds,
+            index,
+            clip_ids=clip_ids,
+            classes=run.labels.classes,
+            multi_label=run.labels.multi_label,
+        )
+        save_probe(folder, _artefact(run, index))
+    results = _results(run)
+    write_json(out / "results.json", results)
+    return results
+
+
+def _best_fold(run: _Run, index: int) -> int:
+    """The fold whose best seed validation data prefer."""
+    return int(np.argmax([max(fold.outcomes[index].valid_values) for fold in run.folds]))
+
+
+def _artefact(run: _Run, index: int) -> ProbeArtefact:
+    """The probe of the seed (and fold) with the best validation score."""
+    fold = run.folds[_best_fold(run, index)]
+    outcome = fold.outcomes[index]
+    card = run.bank.card
+    return ProbeArtefact(
+        probe=outcome.name,
+        options=outcome.probe.options,
+        classes=run.labels.classes,
+        multi_label=run.labels.multi_label,
+        dim=outcome.probe.shape.dim,
+        n_prefix=outcome.probe.shape.n_prefix,
+        weights=outcome.weights[outcome.best_seed],
+        layer=run.layer,
+        encoder_id=run.bank.encoder_id,
+        encoder=dict(card.get("encoder", {})),
+        window=dict(card.get("window", {})),
+        training={
+            "bank": run.bank.fingerprint,
+            "recipe_id": run.bank.recipe_id,
+            "fold": fold.split.name,
+            **asdict(outcome.trials[outcome.best_seed]),
+            "n_epochs": run.settings.n_epochs,
+            "valid_score": outcome.valid_values[outcome.best_seed],
+        },
+    )
+
+
+def _results(run: _Run) -> dict[str, Any]:
+    labels, folds, settings = run.labels, run.folds, run.settings
+    status = run.bank.clips.column("status").to_numpy()
+    return {
+        "format": FORMAT,
+        "bank": run.bank.fingerprint,
+        "encoder_id": run.bank.encoder_id,
+        "recipe_id": run.bank.recipe_id,
+        "layer": run.layer,
+        "task": "multi-label" if labels.multi_label else "multi-class",
+        "primary_metric": primary_metric(multi_label=labels.multi_label),
+        "std_over": "seeds" if len(folds) == 1 else "folds",
+        "scores": score_rows(
+            folds,
+            labels.targets,
+            multi_label=labels.multi_label,
+            n_resamples=settings.n_resamples,
+        ),
+        "left_out": left_out_rows(
+            folds, labels.targets, labels.classes, multi_label=labels.multi_label
+        ),
+        "n_resamples": resamples_of(folds[0].outcomes[0].test_scores, settings.n_resamples),
+        "n_failed_clips": int((status == 2).sum()),
+        "n_unlabelled_clips": labels.n_unlabelled,
+        "folds": [_fold_sizes(fold) for fold in folds],
+        "classes": list(labels.classes),
+        "probes": {
+            outcome.name: _probe_facts(run, index)
+            for index, outcome in enumerate(folds[0].outcomes)
+        },
+        "settings": asdict(settings),
+        "environment": environment(settings.torch_device),
+    }
+
+
+def _fold_sizes(fold: Fold) -> dict[str, Any]:
+    split = fold.split
+    sizes = {"train": len(split.train), "valid": len(split.valid), "test": len(split.test)}
+    return {"name": split.name, **sizes}
+
+
+def _probe_facts(run: _Run, index: int) -> tuple[str, dict[str, Any]]:
+    """Name and hyper-parameters of one probe, and what the search saw in each fold."""
+    outcome = run.folds[0].outcomes[index]
+    return outcome.name, {
+        "options": outcome.probe.options,
+        "n_parameters": n_parameters(outcome.probe),
+        "saved_fold": run.folds[_best_fold(run, index)].split.name,
+        "search": [_search_facts(fold, index) for fold in run.folds],
+    }
+
+
+def _search_facts(fold: Fold, index: int) -> dict[str, Any]:
+    outcome: Outcome = fold.outcomes[index]
+    return {
+        "fold": fold.split.name,
+        "learning_rate": outcome.trials[0].learning_rate,
+        "best_seed": outcome.trials[outcome.best_seed].seed,
+        "candidates": [
+            {
+                "learning_rate": candidate.learning_rate,
+                "score": None if candidate.score == float("-inf") else candidate.score,
+                "diverged": candidate.score == float("-inf"),
+            }
+            for candidate in outcome.candidates
+        ],
+    }

@@ -1,0 +1,37 @@
+"""Finds a probe in what train-probe left behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from patchbank.pipeline.errors import TrialError
+
+
+def probe_folder(run: Path, probe: str | None = None) -> Path:
+    """The folder of `probe` in a RUN folder, or of the probe that validation data prefer.
+
+    A probe's own folder stands for itself. Raises `TrialError` where there is none.
+    """
+    if (run / "probe.json").is_file() and probe is None:
+        return run
+    names = sorted(found.parent.name for found in run.glob("*/probe.json"))
+    if not names or not (run / "results.json").is_file():
+        raise TrialError(
+            f"found no results.json and probes in {run}, expected what train-probe leaves in its "
+            "--out; train first: patchbank train-probe"
+        )
+    if probe is not None and probe not in names:
+        raise TrialError(f"found no probe {probe!r} in {run}, expected one of {', '.join(names)}")
+    return run / (probe or _best_on_validation(run))
+
+
+def _best_on_validation(run: Path) -> str:
+    results: dict[str, Any] = json.loads((run / "results.json").read_text("utf-8"))
+    scores = {
+        row["probe"]: row["mean"]
+        for row in results["scores"]
+        if (row["split"], row["metric"]) == ("valid", results["primary_metric"])
+    }
+    return max(scores, key=lambda name: scores[name])
