@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 def extract(
-    clips: Annotated[Path, typer.Argument(help="CSV or Parquet table, or a folder of audio.")],
+    clips: Annotated[
+        Path, typer.Argument(metavar="CLIPS", help="CSV or Parquet table, or a folder of audio.")
+    ],
     encoder: Annotated[str, typer.Option(help="Encoder name; see `patchbank encoders`.")],
     out: Annotated[Path, typer.Option(help="The bank to make or to finish.")],
     weights: Annotated[Path | None, typer.Option(help="Checkpoint of the encoder.")] = None,

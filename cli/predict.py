@@ -23,10 +23,11 @@ Row = tuple[str, float, float, "np.ndarray[Any, Any]"]
 
 def predict(
     run: Annotated[
-        Path, typer.Argument(help="What train-probe left, or one probe's folder in it.")
+        Path,
+        typer.Argument(metavar="RUN", help="What train-probe left, or a probe's folder."),
     ],
     audio: Annotated[
-        list[Path] | None, typer.Argument(help="Audio files, or folders of them.")
+        list[Path] | None, typer.Argument(metavar="AUDIO", help="Audio files, or folders of them.")
     ] = None,
     bank: Annotated[Path | None, typer.Option(help="Label a bank's clips instead.")] = None,
     probe: Annotated[

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def train_probe(
-    bank: Annotated[Path, typer.Argument(help="A sealed bank.")],
+    bank: Annotated[Path, typer.Argument(metavar="BANK", help="A sealed bank.")],
     labels: Annotated[
         Path, typer.Option(help="Table: labels by clip_id, by path, or by path,start_s,end_s.")
     ],

@@ -137,7 +137,8 @@ def _add_event(
 
 
 def _unit_rms(x: Samples) -> Samples:
-    return x / np.sqrt(np.mean(x**2))
+    unit: Samples = x / np.sqrt(np.mean(x**2))
+    return unit
 
 
 def _edges(rng: np.random.Generator, n: int) -> Samples:
@@ -166,6 +167,11 @@ def _phase(frequency_hz: Samples) -> Samples:
     return 2 * np.pi * np.cumsum(frequency_hz) / SAMPLE_RATE_HZ
 
 
+def _tone(frequency_hz: Samples) -> Samples:
+    tone: Samples = np.sin(_phase(frequency_hz))
+    return tone
+
+
 def _glide_hz(rng: np.random.Generator, n: int) -> Samples:
     """A rise by one to two and a half octaves at a constant rate in octaves."""
     octaves = rng.uniform(1.0, 2.5)
@@ -173,21 +179,21 @@ def _glide_hz(rng: np.random.Generator, n: int) -> Samples:
 
 
 def _chirp_up(rng: np.random.Generator, n: int) -> Samples:
-    return np.sin(_phase(_glide_hz(rng, n)))
+    return _tone(_glide_hz(rng, n))
 
 
 def _chirp_down(rng: np.random.Generator, n: int) -> Samples:
-    return np.sin(_phase(_glide_hz(rng, n)[::-1]))
+    return _tone(_glide_hz(rng, n)[::-1])
 
 
 def _steady_tone(rng: np.random.Generator, n: int) -> Samples:
-    return np.sin(_phase(np.full(n, _pitch_hz(rng))))
+    return _tone(np.full(n, _pitch_hz(rng)))
 
 
 def _vibrato_tone(rng: np.random.Generator, n: int) -> Samples:
     """A tone that swings by 1 to 3 semitones, 5 to 10 times a second."""
     swing = np.sin(2 * np.pi * (rng.uniform(5.0, 10.0) * _time_s(n) + rng.uniform()))
-    return np.sin(_phase(_pitch_hz(rng) * 2 ** (rng.uniform(1.0, 3.0) / 12 * swing)))
+    return _tone(_pitch_hz(rng) * 2 ** (rng.uniform(1.0, 3.0) / 12 * swing))
 
 
 def _partials(
@@ -228,7 +234,8 @@ def _band_noise(rng: np.random.Generator, centre_hz: Samples) -> Samples:
     at = np.linspace(0, knots - 1, n)
     slow, phase = rng.standard_normal((2, knots)), _phase(centre_hz)
     i, q = (np.interp(at, np.arange(knots), part) for part in slow)
-    return i * np.cos(phase) + q * np.sin(phase)
+    noise: Samples = i * np.cos(phase) + q * np.sin(phase)
+    return noise
 
 
 def _narrow_noise(rng: np.random.Generator, n: int) -> Samples:
@@ -243,7 +250,8 @@ def _sweeping_noise(rng: np.random.Generator, n: int) -> Samples:
 def _pulsing_noise(rng: np.random.Generator, n: int) -> Samples:
     """Pink noise, fully modulated 8 to 18 times a second."""
     pulse = np.sin(np.pi * (rng.uniform(8.0, 18.0) * _time_s(n) + rng.uniform())) ** 2
-    return _pink_noise(rng, n) * pulse
+    noise: Samples = _pink_noise(rng, n) * pulse
+    return noise
 
 
 def _clicks(rng: np.random.Generator, n: int, rate_hz: float) -> Samples:
@@ -251,7 +259,9 @@ def _clicks(rng: np.random.Generator, n: int, rate_hz: float) -> Samples:
     step = SAMPLE_RATE_HZ / rate_hz
     since_click_s = np.mod(np.arange(n) + rng.uniform(0.0, step), step) / SAMPLE_RATE_HZ
     decay_per_s, pitch_hz = rng.uniform(300.0, 900.0), _pitch_hz(rng, 500.0, 4000.0)
-    return np.exp(-decay_per_s * since_click_s) * np.sin(2 * np.pi * pitch_hz * since_click_s)
+    ring = np.sin(2 * np.pi * pitch_hz * since_click_s)
+    clicks: Samples = ring * np.exp(-decay_per_s * since_click_s)
+    return clicks
 
 
 def _slow_clicks(rng: np.random.Generator, n: int) -> Samples:

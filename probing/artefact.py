@@ -50,6 +50,8 @@ class ProbeArtefact:
     """Identity of the encoder, as its card states it."""
     window: dict[str, Any] = field(default_factory=dict)
     """How recordings were cut into clips."""
+    tokens: dict[str, Any] = field(default_factory=dict)
+    """How tokens were stored: `stored_dtype`, `mask_padding`."""
     training: dict[str, Any] = field(default_factory=dict)
     """Learning rate, seed, bank and the like: never needed to predict."""
 
@@ -62,11 +64,12 @@ class ProbeArtefact:
         """Probabilities, float32: a sigmoid a class, or a softmax for multi-class tasks.
 
         patches (clip, patch, dim), prefix (clip, prefix, dim), n_patches (clip), of any float
-        type. Raises `TrialError` where the shapes are not those of the training tokens.
+        type. Trained with the asymmetric loss they rank clips but lie above the frequencies: one
+        half is then no threshold. Raises `TrialError` for tokens of another shape.
         """
         tokens = [None if array is None else _tensor(array) for array in (prefix, n_patches)]
+        self._check_shapes(tuple(patches.shape), has_prefix=prefix is not None)
         batch = Batch(np.arange(len(patches)), _tensor(patches), *tokens)
-        self._check_shapes(batch)
         parts = [
             self._probabilities(_slice(batch, rows))
             for rows in sequential(batch.rows, batch_size=PREDICT_BATCH_SIZE)
@@ -87,15 +90,14 @@ class ProbeArtefact:
             differences or {"encoder_id": (encoder_id, self.encoder_id)},
         )
 
-    def _check_shapes(self, batch: Batch) -> None:
-        shape = tuple(batch.patches.shape)
+    def _check_shapes(self, shape: tuple[int, ...], *, has_prefix: bool) -> None:
         trained_on = f"this probe is trained on {self.encoder.get('name', 'an encoder')}"
         if len(shape) != 3 or shape[2] != self.dim:
             raise TrialError(
                 f"expected patches (clip, patch, dim={self.dim}), found {shape}: {trained_on}, "
                 f"layer {self.layer}"
             )
-        if self._family().shape.n_prefix and self.probe == "linear-cls" and batch.prefix is None:
+        if self.probe == "linear-cls" and not has_prefix:
             raise TrialError(f"expected prefix tokens beside the patches, found none: {trained_on}")
 
     def _family(self) -> Probe:

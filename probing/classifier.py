@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from sklearn.utils.validation import check_is_fitted
 from patchbank.pipeline.errors import TrialError
 from patchbank.probing.artefact import ProbeArtefact
 from patchbank.probing.loader import Batch, TokenSource
+from patchbank.probing.losses import LossName
 from patchbank.probing.metrics import left_out, primary_metric, score
 from patchbank.probing.passes import choose_loss, fit_stacks, predict_logits
-from patchbank.probing.plan import Rows, sequential
+from patchbank.probing.plan import BatchRows, Rows, sequential
 from patchbank.probing.probes import build_probe
 from patchbank.probing.probes.base import Probe, ProbeShape
 from patchbank.probing.protocol import Candidate, choose
@@ -34,6 +35,10 @@ class ProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     multi-label tasks. Without a `learning_rate`, five over the family's range are tried on a
     seeded fifth of the clips, and the best then trains on all of them. The result is decided by
     the parameters, x, y and `random_state`.
+
+    The loss is cross-entropy, or for multi-label tasks binary cross-entropy, whose probabilities
+    can be cut at one half. loss="asymmetric" is the one of `train`: it ranks clips as well, but
+    its probabilities lie far above the frequencies.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class ProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         n_epochs: int = 30,
         batch_size: int = 64,
         valid_fraction: float = 0.2,
+        loss: LossName | None = None,
         options: Mapping[str, Any] | None = None,
         device: str = "auto",
         random_state: int | np.random.RandomState | None = None,
@@ -55,11 +61,12 @@ class ProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self.n_epochs = n_epochs
         self.batch_size = batch_size
         self.valid_fraction = valid_fraction
+        self.loss = loss
         self.options = options
         self.device = device
         self.random_state = random_state
 
-    def fit(self, x: Any, y: Any) -> Self:
+    def fit(self, x: Any, y: Any) -> ProbeClassifier:
         """Trains on all clips; raises `TrialError` where x or y have the wrong shape."""
         source = _ArrayRows(x, probe=self.probe)
         classes, targets = _encode(y)
@@ -69,7 +76,8 @@ class ProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         shape = ProbeShape(source.dim, targets.shape[1])
         family = build_probe(self.probe, shape, self.options)
         is_multi_label = np.ndim(y) == 2
-        fit = _Fit(self.probe, family, source, targets, is_multi_label, self._settings(seed))
+        settings = self._settings(seed, is_multi_label=is_multi_label)
+        fit = _Fit(self.probe, family, source, targets, is_multi_label, settings)
         rate = self.learning_rate or fit.search(self.valid_fraction)
         weights = fit.stack([rate], np.arange(source.n_rows)).weights_of(0)
         self.classes_, self.learning_rate_, self.n_features_in_ = classes, rate, source.dim
@@ -95,11 +103,12 @@ class ProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             return (probabilities > 0.5).astype(np.int64)
         return np.asarray(self.classes_[probabilities.argmax(axis=1)])
 
-    def _settings(self, seed: int) -> TrainSettings:
+    def _settings(self, seed: int, *, is_multi_label: bool) -> TrainSettings:
         return TrainSettings(
             n_epochs=self.n_epochs,
             batch_size=self.batch_size,
             weight_decay=self.weight_decay,
+            loss=self.loss or ("bce" if is_multi_label else "cross-entropy"),
             order_seed=seed,
             device=self.device,
         )
@@ -167,7 +176,7 @@ class _ArrayRows:
             raise TrialError(f"found x of shape {shape}, expected (clip, patch, dim){also}")
         self.n_rows, self.n_patches, self.dim = shape
 
-    def read(self, batches: Iterable[Rows]) -> Iterator[Batch]:
+    def read(self, batches: Iterable[BatchRows]) -> Iterator[Batch]:
         for rows in batches:
             taken = self._x[rows]
             patches = taken if isinstance(taken, torch.Tensor) else torch.from_numpy(taken)

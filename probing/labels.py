@@ -70,6 +70,9 @@ def read_labels(
     key = _key_of(table)
     names = [_split_names(cell) for cell in table.columns["labels"]]
     vocabulary = _vocabulary(table, names) if classes is None else tuple(classes)
+    if RESERVED in vocabulary:
+        message = f"found a class named {RESERVED!r}, which names a column of the predictions"
+        raise ManifestError([Problem(table.file, None, "labels", message)])
     join = _Join(
         clips,
         table,
@@ -106,9 +109,6 @@ def _vocabulary(table: TextTable, names: list[tuple[str, ...]]) -> tuple[str, ..
     found = tuple(sorted({name for row in names for name in row}))
     if not found:
         message = "every cell is empty, expected class names"
-        raise ManifestError([Problem(table.file, None, "labels", message)])
-    if RESERVED in found:
-        message = f"found a class named {RESERVED!r}, which names a column of the predictions"
         raise ManifestError([Problem(table.file, None, "labels", message)])
     return found
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from patchbank.pipeline.bank.reader import Bank, RowPlaces
 from patchbank.pipeline.errors import BankError
-from patchbank.probing.plan import batches, sequential
+from patchbank.probing.plan import BatchRows, batches, sequential
 
 Rows = Int[np.ndarray, " clip"]
+Tokens = Float[np.ndarray, "clip token dim"]
+Mapped = UInt8[np.ndarray, " byte"]
 Tier = Literal["auto", "ram", "map"]
 
 
@@ -31,6 +33,7 @@ class Batch:
     """Patches that count, the first of each clip; None where all do."""
 
 
+@runtime_checkable
 class TokenSource(Protocol):
     """Something that hands out the tokens of rows, in the order it is asked."""
 
@@ -40,7 +43,7 @@ class TokenSource(Protocol):
     dim: int
     n_prefix: int
 
-    def read(self, batches: Iterable[Rows]) -> Iterator[Batch]:
+    def read(self, batches: Iterable[BatchRows]) -> Iterator[Batch]:
         """One `Batch` for each array of rows, in order."""
         ...
 
@@ -58,7 +61,7 @@ class ArraySource:
         self.n_prefix = 0 if prefix is None else prefix.shape[1]
         self._patches, self._prefix, self._counts = patches, prefix, n_patches
 
-    def read(self, batches: Iterable[Rows]) -> Iterator[Batch]:
+    def read(self, batches: Iterable[BatchRows]) -> Iterator[Batch]:
         for rows in batches:
             index = torch.from_numpy(np.asarray(rows, dtype=np.int64))
             yield Batch(
@@ -80,11 +83,11 @@ class TokenReader:
 
     def __init__(self, places: RowPlaces, *, tier: Tier) -> None:
         self._places = places
-        self._shards: dict[int, np.ndarray[Any, Any]] = {}
-        self._slot: np.ndarray[Any, Any] | None = None
+        self._shards: dict[int, Mapped] = {}
+        self._slot: Tokens | None = None
         self._all = self._gather_all() if tier == "ram" else None
 
-    def read(self, rows: Rows) -> Float[np.ndarray, "clip token dim"]:
+    def read(self, rows: Rows) -> Tokens:
         """The tokens of `rows`, in that order; valid until the next call."""
         if self._all is not None:
             # Any other mode would make numpy copy the result once more.
@@ -92,37 +95,37 @@ class TokenReader:
         view = self._consecutive(rows)
         return view if view is not None else self._gather(rows, self._slot_for(len(rows)))
 
-    def _gather_all(self) -> np.ndarray[Any, Any]:
+    def _gather_all(self) -> Tokens:
         rows = np.arange(len(self._places.offset))
         return self._gather(rows, self._empty(len(rows)))
 
-    def _empty(self, n_rows: int) -> np.ndarray[Any, Any]:
+    def _empty(self, n_rows: int) -> Tokens:
         array = self._places.array
         return np.empty((n_rows, array.n_tokens, array.dim), array.dtype)
 
-    def _slot_for(self, n_rows: int) -> np.ndarray[Any, Any]:
+    def _slot_for(self, n_rows: int) -> Tokens:
         if self._slot is None or len(self._slot) < n_rows:
             self._slot = self._empty(n_rows)
         return self._slot[:n_rows]
 
-    def _gather(self, rows: Rows, out: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def _gather(self, rows: Rows, out: Tokens) -> Tokens:
         for slot, row in enumerate(rows.tolist()):
             out[slot] = self._row(row)
         return out
 
-    def _row(self, row: int) -> np.ndarray[Any, Any]:
+    def _row(self, row: int) -> Float[np.ndarray, "token dim"]:
         array, offset = self._places.array, int(self._places.offset[row])
         mapped = self._shard(self._places.shard_of(row))
         flat = mapped[offset : offset + array.row_bytes].view(array.dtype)
         return flat.reshape(array.n_tokens, array.dim)
 
-    def _shard(self, shard: int) -> np.ndarray[Any, Any]:
+    def _shard(self, shard: int) -> Mapped:
         if shard not in self._shards:
             # Copy-on-write, so that torch may wrap it; nothing is ever written.
             self._shards[shard] = np.memmap(self._places.files[shard], np.uint8, mode="c")
         return self._shards[shard]
 
-    def _consecutive(self, rows: Rows) -> np.ndarray[Any, Any] | None:
+    def _consecutive(self, rows: Rows) -> Tokens | None:
         """A strided view of the mapped file, where the rows lie one after another in it."""
         first, last, count = int(rows[0]), int(rows[-1]), len(rows)
         if count == 1:
@@ -173,7 +176,7 @@ class BankSource:
         counted = self._counts[torch.from_numpy(self._done)]
         self._all_count = bool((counted == self.n_patches).all())
 
-    def read(self, batches: Iterable[Rows]) -> Iterator[Batch]:
+    def read(self, batches: Iterable[BatchRows]) -> Iterator[Batch]:
         """One `Batch` for each array of rows, in order; `BankError` for a row without tokens."""
         for rows in batches:
             if not self._done[rows].all():

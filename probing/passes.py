@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ class Progress:
     """1-based."""
     n_epochs: int
     losses: dict[str, float]
-    """The lowest mean training loss of each probe's trials."""
+    """The lowest mean training loss of each probe's trials; infinite where all diverged."""
 
 
 OnProgress = Callable[[Progress], None]
@@ -85,7 +86,7 @@ def _lowest(
     stacks: Sequence[TrialStack], totals: Sequence[Tensor], n_batches: int
 ) -> dict[str, float]:
     return {
-        stack.name: float(total.min()) / n_batches
+        stack.name: float(total.nan_to_num(nan=math.inf).min()) / n_batches
         for stack, total in zip(stacks, totals, strict=True)
     }
 

@@ -49,9 +49,9 @@ class Outcome:
     """The final ones, one a seed."""
     weights: tuple[Weights, ...]
     """One a seed, on the CPU."""
-    valid_scores: Scores
+    valid_scores: Float[np.ndarray, "seed valid class"]
     """Logits of multi-label tasks, log-probabilities of multi-class ones."""
-    test_scores: Scores
+    test_scores: Float[np.ndarray, "seed test class"]
     valid_values: tuple[float, ...]
     """Primary metric on validation data, one a seed."""
 

@@ -105,6 +105,9 @@ def _caption(results: Mapping[str, Any]) -> str:
         parts.append(f"{results['n_failed_clips']} failed clips left out")
     if results["n_unlabelled_clips"]:
         parts.append(f"{results['n_unlabelled_clips']} unlabelled clips left out")
+    n_unused = max(fold["unused"] for fold in results["folds"])
+    if n_unused:
+        parts.append(f"{n_unused} labelled rows in no split")
     parts += _left_out_notes(results)
     return "; ".join(parts)
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 
+from patchbank.pipeline.bank.reader import Bank
 from patchbank.pipeline.errors import TrialError
 from patchbank.probing.artefact import ProbeArtefact, save_probe
 from patchbank.probing.atomic import write_json
 from patchbank.probing.evaluation import Fold, left_out_rows, resamples_of, score_rows
 from patchbank.probing.labels import LabelSet, Task, read_labels
-from patchbank.probing.loader import TokenSource
+from patchbank.probing.loader import BankSource, Tier, TokenSource
 from patchbank.probing.metrics import primary_metric
 from patchbank.probing.passes import OnProgress
 from patchbank.probing.probes.base import n_parameters
@@ -27,6 +28,7 @@ from patchbank.probing.splits import read_splits
 FORMAT = 1
 
 
+@runtime_checkable
 class TokenBank(Protocol):
     """What training needs of a bank."""
 
@@ -42,7 +44,6 @@ class TokenBank(Protocol):
     def card(self) -> Mapping[str, Any]: ...
     @property
     def layers(self) -> tuple[int, ...]: ...
-    def source(self, layer: int) -> TokenSource: ...
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,15 @@ def run_training(
     classes: Sequence[str] | None = None,
     task: Task = "auto",
     allow_unlabelled: bool = False,
+    tier: Tier = "auto",
+    source: Callable[[int], TokenSource] | None = None,
     progress: OnProgress | None = None,
 ) -> dict[str, Any]:
     """Trains `probes` on one layer (the last by default) and returns what results.json holds.
 
     Leaves in `out` one folder a probe and results.json, which is removed first and written last:
-    where it exists, the run is complete. Raises `ManifestError` for wrong tables, `TrialError`.
+    where it exists, the run is complete. `source` gives the tokens of a layer; None reads the
+    bank itself, from `tier`. Raises `ManifestError` for wrong tables, `TrialError`.
     """
     settings = settings or TrainSettings()
     layer = _checked_layer(bank, layer)
@@ -83,11 +87,11 @@ def run_training(
         labels_path, bank.clips, classes=classes, task=task, allow_unlabelled=allow_unlabelled
     )
     splits = read_splits(bank.clips, usable=labels.known, splits_path=splits_path, folds=folds)
-    source = bank.source(layer)
+    tokens = source(layer) if source else BankSource(cast(Bank, bank), layer, tier=tier)
     trained = []
     for split in splits:
         outcomes = train(
-            source,
+            tokens,
             labels.targets,
             split,
             probes=probes,
@@ -96,7 +100,7 @@ def run_training(
             progress=progress,
         )
         trained.append(Fold(split, outcomes))
-    return _write(_Run(bank, layer, source, labels, tuple(trained), settings), out)
+    return _write(_Run(bank, layer, tokens, labels, tuple(trained), settings), out)
 
 
 def _checked_layer(bank: TokenBank, layer: int | None) -> int:
@@ -150,6 +154,7 @@ def _artefact(run: _Run, index: int) -> ProbeArtefact:
         encoder_id=run.bank.encoder_id,
         encoder=dict(card.get("encoder", {})),
         window=dict(card.get("window", {})),
+        tokens={key: card[key] for key in ("stored_dtype", "mask_padding") if key in card},
         training={
             "bank": run.bank.fingerprint,
             "recipe_id": run.bank.recipe_id,
@@ -185,21 +190,19 @@ def _results(run: _Run) -> dict[str, Any]:
         "n_resamples": resamples_of(folds[0].outcomes[0].test_scores, settings.n_resamples),
         "n_failed_clips": int((status == 2).sum()),
         "n_unlabelled_clips": labels.n_unlabelled,
-        "folds": [_fold_sizes(fold) for fold in folds],
+        "folds": [_fold_sizes(fold, int((labels.known & (status == 1)).sum())) for fold in folds],
         "classes": list(labels.classes),
-        "probes": {
-            outcome.name: _probe_facts(run, index)
-            for index, outcome in enumerate(folds[0].outcomes)
-        },
+        "probes": dict(_probe_facts(run, index) for index in range(len(folds[0].outcomes))),
         "settings": asdict(settings),
         "environment": environment(settings.torch_device),
     }
 
 
-def _fold_sizes(fold: Fold) -> dict[str, Any]:
+def _fold_sizes(fold: Fold, n_usable: int) -> dict[str, Any]:
+    """Rows in each part, and usable rows that are in none."""
     split = fold.split
     sizes = {"train": len(split.train), "valid": len(split.valid), "test": len(split.test)}
-    return {"name": split.name, **sizes}
+    return {"name": split.name, **sizes, "unused": n_usable - sum(sizes.values())}
 
 
 def _probe_facts(run: _Run, index: int) -> tuple[str, dict[str, Any]]:

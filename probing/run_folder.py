@@ -29,7 +29,7 @@ def probe_folder(run: Path, probe: str | None = None) -> Path:
 
 def _best_on_validation(run: Path) -> str:
     results: dict[str, Any] = json.loads((run / "results.json").read_text("utf-8"))
-    scores = {
+    scores: dict[str, float] = {
         row["probe"]: row["mean"]
         for row in results["scores"]
         if (row["split"], row["metric"]) == ("valid", results["primary_metric"])

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool, Int, Shaped
 
 from patchbank.pipeline.errors import ManifestError, Problem, TrialError
-from patchbank.probing.plan import Rows
 from patchbank.probing.tables import TextTable, read_table, require_columns
 
 SPLIT_NAMES = ("train", "valid", "test")
@@ -27,9 +26,9 @@ class Split:
 
     name: str
     """ "split", or "fold=K" with the value of the fold that tests."""
-    train: Rows
-    valid: Rows
-    test: Rows
+    train: Int[np.ndarray, " train"]
+    valid: Int[np.ndarray, " valid"]
+    test: Int[np.ndarray, " test"]
 
 
 def read_splits(

@@ -71,7 +71,7 @@ class TrialStack:
         """One update of every trial on one batch; returns the losses before it."""
         losses = loss(self.probe.logits(self.weights, tokens, dropout=self._dropout), targets)
         # The sum keeps trials apart: no parameter of one has a gradient from another's loss.
-        losses.sum().backward()  # type: ignore[no-untyped-call]
+        losses.sum().backward()
         self._optimiser.step(factor=factor)
         found = losses.detach()
         self.is_finite &= torch.isfinite(found)

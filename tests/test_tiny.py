@@ -96,7 +96,7 @@ def test_loading_leaves_the_global_generator_alone() -> None:
 # tiny
 
 
-def test_five_seconds_make_30_by_4_tokens_and_one_cls(tiny: Encoder) -> None:
+def test_five_seconds_make_31_by_4_tokens_and_one_cls(tiny: Encoder) -> None:
     assert set(tiny.grids(80_000).values()) == {Grid(31, 4)}
     assert tiny.spec.layers[-1].meaning == "after the final norm"
     assert {spec.n_prefix for spec in tiny.spec.layers} == {1}

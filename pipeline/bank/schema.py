@@ -141,7 +141,9 @@ def create_token_array(bank: Path, array: TokenArray, schema: BankSchema) -> Non
     )
 
 
-def create_small_array(folder: Path, name: str, shape: tuple[int, ...], dtype: str) -> zarr.Array[Any]:
+def create_small_array(
+    folder: Path, name: str, shape: tuple[int, ...], dtype: str
+) -> zarr.Array[Any]:
     """An unsharded array (clip,) or (clip, dim) in chunks of 65,536 rows."""
     return zarr.create_array(
         folder,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,7 @@ class TokenMap:
     """`patches.shape[1] == grid.time * grid.freq`, time-major."""
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """A frozen encoder: deterministic, in evaluation mode, each clip independent of its batch."""
 

@@ -10,7 +10,6 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Self
 
 import torch
 from jaxtyping import Float
@@ -51,7 +50,8 @@ def mel_power(
     frames = waveform.unfold(1, settings.n_fft, settings.hop)
     window, bands = _constants(settings, waveform.device)
     spectrum = torch.fft.rfft(frames * window)
-    return (spectrum.real.square() + spectrum.imag.square()) @ bands
+    power: Tensor = (spectrum.real.square() + spectrum.imag.square()) @ bands
+    return power
 
 
 def log_mel(
@@ -115,7 +115,7 @@ class LogMelEncoder:
         token_map = TokenMap(statistics[:, None], None, Grid(1, 1))
         return dict.fromkeys([1] if layers is None else layers, token_map)
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> LogMelEncoder:
         """Nothing to move: the front end follows its waveform."""
         return self
 

@@ -12,7 +12,6 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -175,7 +174,7 @@ class TinyEncoder:
             for layer in wanted
         }
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> TinyEncoder:
         self._model.to(device)
         return self
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -36,6 +36,7 @@ class ProbeShape:
     n_prefix: int = 0
 
 
+@runtime_checkable
 class Probe(Protocol):
     """One probe family for one shape."""
 

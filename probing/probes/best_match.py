@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 PROTOTYPE_BLOCK = 1024
-CPU_SCRATCH = 2**20
-"""Similarities a block may hold: what stays in a core's cache on its way to the maximum."""
+CPU_SCRATCH = 2**22
+"""Similarities a block may hold, 16 MiB: smaller ones pay for waking threads, larger for paging."""
 DEVICE_SCRATCH = 2**26
 
 
@@ -30,7 +30,7 @@ def best_match(
     if torch.is_grad_enabled() and prototypes.requires_grad:
         value: Tensor = _BestMatch.apply(directions, prototypes, counts)  # type: ignore[no-untyped-call]
         return value
-    return _search(directions, prototypes, counts, want_winner=False)[0]
+    return _search(directions, prototypes, counts)
 
 
 class _BestMatch(torch.autograd.Function):
@@ -43,7 +43,9 @@ class _BestMatch(torch.autograd.Function):
         prototypes: Float[Tensor, "prototype dim"],
         counts: Bool[Tensor, "clip patch"] | None,
     ) -> Float[Tensor, "clip prototype"]:
-        best, winner = _search(directions, prototypes, counts, want_winner=True)
+        shape = (len(directions), len(prototypes))
+        winner = torch.empty(shape, dtype=torch.int64, device=directions.device)
+        best = _search(directions, prototypes, counts, winner=winner)
         ctx.save_for_backward(directions, winner)
         return best
 
@@ -69,24 +71,20 @@ def _search(
     prototypes: Float[Tensor, "prototype dim"],
     counts: Bool[Tensor, "clip patch"] | None,
     *,
-    want_winner: bool,
-) -> tuple[Float[Tensor, "clip prototype"], Int[Tensor, "clip prototype"]]:
-    """Best similarity and the patch that has it (left empty unless wanted)."""
+    winner: Int[Tensor, "clip prototype"] | None = None,
+) -> Float[Tensor, "clip prototype"]:
+    """The best similarity; writes the patch that has it into `winner`, where that is given."""
     n_clips, n_patches, _ = directions.shape
-    shape = (n_clips, len(prototypes))
-    best = torch.empty(shape, dtype=directions.dtype, device=directions.device)
-    winner = torch.empty(
-        shape if want_winner else (0, 0), dtype=torch.int64, device=directions.device
-    )
+    best = directions.new_empty(n_clips, len(prototypes))
     for clips, block in _blocks(n_clips, n_patches, len(prototypes), directions.device):
         similarity = torch.matmul(directions[clips], prototypes[block].T)
         if counts is not None:
             similarity.masked_fill_(~counts[clips, :, None], -math.inf)
-        if want_winner:
-            best[clips, block], winner[clips, block] = similarity.max(dim=1)
-        else:
+        if winner is None:
             best[clips, block] = similarity.amax(dim=1)
-    return best, winner
+        else:
+            best[clips, block], winner[clips, block] = similarity.max(dim=1)
+    return best
 
 
 def _blocks(

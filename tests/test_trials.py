@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from patchbank.probing.losses import asymmetric
+from patchbank.probing.optimiser import StackedAdamW, cosine_factor
+from patchbank.probing.probes import PROBES, build_probe
+from patchbank.probing.probes.base import ProbeShape
+from patchbank.probing.probes.tokens import Tokens
+from patchbank.probing.trials import Trial, TrialStack
+
+TRIALS = [Trial(1e-3, 1e-4, 0), Trial(3e-2, 0.1, 0), Trial(1e-3, 1e-4, 1)]
+
+
+def trained(
+    name: str, trials: list[Trial], *, n_steps: int, dtype: torch.dtype
+) -> tuple[TrialStack, torch.Tensor]:
+    """A stack after `n_steps` on seeded batches, and its losses (step, trial)."""
+    stack = TrialStack(name, build_probe(name, ProbeShape(24, 3, 1)), trials, dtype=dtype)
+    random = torch.Generator().manual_seed(0)
+    losses = []
+    for step in range(n_steps):
+        patches = torch.randn(6, 5, 24, generator=random, dtype=torch.float64).to(dtype)
+        prefix = torch.randn(6, 1, 24, generator=random, dtype=torch.float64).to(dtype)
+        targets = (torch.rand(6, 3, generator=random) < 0.4).to(dtype)
+        factor = cosine_factor(step, n_steps=n_steps)
+        losses.append(stack.step(Tokens(patches, prefix), targets, asymmetric, factor=factor))
+    return stack, torch.stack(losses)
+
+
+@pytest.mark.parametrize("name", PROBES)
+@pytest.mark.parametrize(
+    ("dtype", "n_steps", "rtol"),
+    [(torch.float64, 50, 1e-6), (torch.float32, 5, 1e-4)],
+    ids=["float64", "float32"],
+)
+def test_a_trial_is_the_same_together_and_alone(
+    name: str, dtype: torch.dtype, n_steps: int, rtol: float
+) -> None:
+    together, losses = trained(name, TRIALS, n_steps=n_steps, dtype=dtype)
+    for index, trial in enumerate(TRIALS):
+        alone, own_losses = trained(name, [trial], n_steps=n_steps, dtype=dtype)
+        torch.testing.assert_close(losses[:, index], own_losses[:, 0], rtol=rtol, atol=0)
+        for key, value in alone.weights_of(0).items():
+            found = together.weights_of(index)[key]
+            torch.testing.assert_close(found, value, rtol=rtol, atol=1e-9 if n_steps > 5 else 1e-6)
+
+
+def test_trials_differ_by_learning_rate_and_by_seed() -> None:
+    _, losses = trained("protobin", TRIALS, n_steps=3, dtype=torch.float64)
+    assert losses[0, 0] == losses[0, 1], "the learning rate must not reach the first weights"
+    assert losses[0, 0] != losses[0, 2]
+    assert losses[1, 0] != losses[1, 1]
+
+
+def test_a_trial_that_diverges_leaves_the_others_alone() -> None:
+    mad = Trial(math.inf, 0.0, 0)
+    together, losses = trained("protobin", [TRIALS[0], mad], n_steps=20, dtype=torch.float64)
+    alone, own_losses = trained("protobin", [TRIALS[0]], n_steps=20, dtype=torch.float64)
+    assert together.is_finite.tolist() == [True, False]
+    torch.testing.assert_close(losses[:, 0], own_losses[:, 0], rtol=1e-6, atol=0)
+    found, expected = together.weights_of(0)["weight"], alone.weights_of(0)["weight"]
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_every_parameter_learns(name: str) -> None:
+    stack, _ = trained(name, [Trial(1e-2, 0.0, 0)], n_steps=2, dtype=torch.float32)
+    first = TrialStack(name, stack.probe, [Trial(1e-2, 0.0, 0)])
+    for key in stack.weights:
+        assert not torch.equal(stack.weights[key], first.weights[key]), key
+
+
+def test_stacked_adamw_is_torchs_for_every_trial() -> None:
+    random = torch.Generator().manual_seed(0)
+    start = torch.randn(2, 3, 4, generator=random, dtype=torch.float64)
+    rates, decays = [1e-2, 3e-1], [0.5, 0.0]
+    stacked = start.clone().requires_grad_()
+    ours = StackedAdamW(
+        [stacked],
+        learning_rates=torch.tensor(rates, dtype=torch.float64),
+        weight_decays=torch.tensor(decays, dtype=torch.float64),
+    )
+    singles = [value.clone().requires_grad_() for value in start]
+    theirs = [
+        torch.optim.AdamW([value], lr=rate, weight_decay=decay)
+        for value, rate, decay in zip(singles, rates, decays, strict=True)
+    ]
+    for step in range(20):
+        factor = cosine_factor(step, n_steps=20, n_warmup_steps=3)
+        gradient = torch.randn(2, 3, 4, generator=random, dtype=torch.float64)
+        stacked.grad = gradient.clone()
+        ours.step(factor=factor)
+        for value, optimiser, one, rate in zip(singles, theirs, gradient, rates, strict=True):
+            value.grad = one.clone()
+            optimiser.param_groups[0]["lr"] = rate * factor
+            optimiser.step()
+    torch.testing.assert_close(stacked, torch.stack(singles), rtol=1e-10, atol=1e-12)
+    assert stacked.grad is None
+
+
+def test_the_schedule_warms_up_and_falls_by_half_a_cosine() -> None:
+    factors = [cosine_factor(step, n_steps=12, n_warmup_steps=4) for step in range(12)]
+    assert factors[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    assert factors[8] == pytest.approx(0.5)
+    assert all(one > other for one, other in itertools.pairwise(factors[4:]))
+    assert cosine_factor(12, n_steps=12, n_warmup_steps=4) == pytest.approx(0)
