@@ -51,7 +51,7 @@ def demo(
 def _extract_and_train(out: Path, name: str, *, quick: bool) -> dict[str, Any]:
     from patchbank.cli.extract import progress_bar
     from patchbank.cli.train import progress_lines
-    from patchbank.pipeline.extract import ExtractionSettings, extract
+    from patchbank.pipeline.extraction import ExtractionSettings, extract
     from patchbank.pipeline.specs import WindowSpec
     from patchbank.probing.run import run_training
     from patchbank.probing.settings import TrainSettings

@@ -14,8 +14,8 @@ from patchbank.cli.choices import Pad, StoredDType
 
 if TYPE_CHECKING:
     from patchbank.pipeline.bank import Bank
-    from patchbank.pipeline.extract import Extraction
-    from patchbank.pipeline.extract import Progress as ExtractionProgress
+    from patchbank.pipeline.extraction import Extraction
+    from patchbank.pipeline.extraction import Progress as ExtractionProgress
     from patchbank.pipeline.manifest import ClipTable
 
 
@@ -51,8 +51,8 @@ def extract(
 
     The same line again finishes what an earlier one began.
     """
-    from patchbank.pipeline.extract import ExtractionSettings, prepare
-    from patchbank.pipeline.extract import run as run_extraction
+    from patchbank.pipeline.extraction import ExtractionSettings, prepare
+    from patchbank.pipeline.extraction import run as run_extraction
     from patchbank.pipeline.specs import WindowSpec
 
     settings = ExtractionSettings(

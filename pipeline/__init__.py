@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from patchbank.pipeline.bank import open_bank as open_bank
     from patchbank.pipeline.encoders import load_encoder as load_encoder
-    from patchbank.pipeline.extract import extract as extract
+    from patchbank.pipeline.extraction import extract as extract
     from patchbank.pipeline.manifest import read_manifest as read_manifest
 
+# No file may be called like one of these names: once imported, it would hide the function.
 _HOME = {
-    "extract": "patchbank.pipeline.extract",
+    "extract": "patchbank.pipeline.extraction",
     "load_encoder": "patchbank.pipeline.encoders",
     "open_bank": "patchbank.pipeline.bank",
     "read_manifest": "patchbank.pipeline.manifest",

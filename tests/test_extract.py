@@ -27,7 +27,7 @@ from patchbank.pipeline.errors import (
     EncoderError,
     PatchbankError,
 )
-from patchbank.pipeline.extract import ExtractionSettings, Progress, extract, prepare, run
+from patchbank.pipeline.extraction import ExtractionSettings, Progress, extract, prepare, run
 from patchbank.pipeline.plan import human_bytes
 from patchbank.pipeline.specs import WindowSpec
 
@@ -117,7 +117,7 @@ KILLED_RUN = """
 import os, sys
 from pathlib import Path
 from patchbank.pipeline import shard
-from patchbank.pipeline.extract import ExtractionSettings, extract
+from patchbank.pipeline.extraction import ExtractionSettings, extract
 from patchbank.pipeline.specs import WindowSpec
 import patchbank.pipeline.bank.commit as commit_module
 import patchbank.pipeline.bank.seal as seal_module
