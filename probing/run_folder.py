@@ -16,19 +16,20 @@ def probe_folder(run: Path, probe: str | None = None) -> Path:
     """
     if (run / "probe.json").is_file() and probe is None:
         return run
-    names = sorted(found.parent.name for found in run.glob("*/probe.json"))
-    if not names or not (run / "results.json").is_file():
+    if not (run / "results.json").is_file():
         raise TrialError(
-            f"found no results.json and probes in {run}, expected what train-probe leaves in its "
-            "--out; train first: patchbank train-probe"
+            f"found no results.json in {run}, expected what train-probe leaves in its --out; "
+            "train first: patchbank train-probe"
         )
+    results: dict[str, Any] = json.loads((run / "results.json").read_text("utf-8"))
+    # Not the folders that lie there: some may be left from an earlier run.
+    names = sorted(results["probes"])
     if probe is not None and probe not in names:
         raise TrialError(f"found no probe {probe!r} in {run}, expected one of {', '.join(names)}")
-    return run / (probe or _best_on_validation(run))
+    return run / (probe or _best_on_validation(results))
 
 
-def _best_on_validation(run: Path) -> str:
-    results: dict[str, Any] = json.loads((run / "results.json").read_text("utf-8"))
+def _best_on_validation(results: dict[str, Any]) -> str:
     scores: dict[str, float] = {
         row["probe"]: row["mean"]
         for row in results["scores"]
