@@ -23,7 +23,10 @@ Tier = Literal["auto", "ram", "map"]
 
 @dataclass(frozen=True)
 class Batch:
-    """Tokens of some rows; the tensors may be views that the next batch overwrites."""
+    """Tokens of some rows; valid until the next batch, and not to be written into.
+
+    The tensors may be views of mapped files or of a slot that the next batch overwrites.
+    """
 
     rows: Rows
     patches: Float[Tensor, "clip patch dim"]
