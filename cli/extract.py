@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from patchbank.cli.choices import Pad, StoredDType
+from patchbank.pipeline.errors import PatchbankError
 
 if TYPE_CHECKING:
     from patchbank.pipeline.bank import Bank
@@ -140,6 +141,7 @@ def print_plan(extraction: Extraction, *, as_json: bool) -> None:
             for spec in plan.schema.layers
         },
     }
+    plan.check_space()
     if as_json:
         print(json.dumps(facts))
         return
@@ -150,17 +152,22 @@ def print_plan(extraction: Extraction, *, as_json: bool) -> None:
         print(f"layer {spec.layer:<2} {grid.time} x {grid.freq} patches of {spec.dim}")
     print(f"size     {human_bytes(plan.total_bytes)}, {human_bytes(plan.missing_bytes)} to write")
     print(f"free     {human_bytes(plan.free_bytes)} at {plan.bank.absolute().parent}")
-    plan.check_space()
 
 
 def write_labels(table: ClipTable, out: Path) -> Path | None:
-    """The labels of a folder of class folders, as X.labels.csv beside X.bank."""
+    """The labels of a folder of class folders, as X.labels.csv beside X.bank.
+
+    A file that is there already may have been corrected by hand: it is left alone.
+    """
     if table.labels is None:
         return None
     from pyarrow import csv
 
     path = out.with_name(f"{out.stem}.labels.csv")
-    csv.write_csv(table.labels, path)
+    if not path.exists():
+        draft = path.with_name(f".{path.name}.draft")
+        csv.write_csv(table.labels, draft)
+        draft.replace(path)
     return path
 
 
@@ -169,6 +176,12 @@ def print_bank(bank: Bank, *, labels: Path | None, as_json: bool) -> None:
     import json
 
     n_failed = int((bank.status == 2).sum())
+    if n_failed == bank.n_rows:
+        reason = bank.clips["reason"][0].as_py()
+        raise PatchbankError(
+            f"all {n_failed} clips of {bank.path} failed (first: {reason}); check the audio and "
+            "--audio-root, then extract to another --out"
+        )
     if as_json:
         facts = {"bank": str(bank.path), "fingerprint": bank.fingerprint, "clips": bank.n_rows}
         print(json.dumps(facts | {"failed": n_failed, "labels": str(labels) if labels else None}))

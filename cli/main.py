@@ -28,6 +28,9 @@ app.command("encoders")(encoders.encoders)
 app.command("probes")(probes.probes)
 
 
+INTERRUPTED = 130
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line; 0 done, 1 failed, 2 misused. Errors are printed without traceback."""
     # OpenMP threads that spin while they wait take the cores from decoding and loading: a
@@ -38,12 +41,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except PatchbankError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where this one stopped", file=sys.stderr)
-        return 130
+    except OSError as error:
+        print(f"error: {_system_reason(error)}", file=sys.stderr)
+        return 1
     except SystemExit as stop:
+        # typer turns Ctrl-C into this code.
+        if stop.code == INTERRUPTED:
+            print("interrupted; an extraction goes on with the same command", file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
+
+
+def _system_reason(error: OSError) -> str:
+    """What the operating system refused, and where, in one line."""
+    place = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or str(error).splitlines()[0]}{place}"
 
 
 def run() -> None:

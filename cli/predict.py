@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -53,10 +53,19 @@ def predict(
     if bank is not None:
         rows = rows_of_bank(artefact, bank)
     else:
-        # Opened before any output: a wrong encoder leaves no half-written file.
         stream = open_stream(artefact, weights=weights, device=device)
         rows = rows_of_audio(artefact, stream, audio or [])
-    write_rows(rows, artefact.classes, top=top, out=out, as_json=json_output)
+    if out is None:
+        write_rows(rows, artefact.classes, None, top=top, as_json=json_output)
+        return
+    # Renamed at the end: whatever goes wrong before leaves an older file as it was.
+    draft = out.with_name(f".{out.name}.draft")
+    try:
+        with draft.open("w", newline="", encoding="utf-8") as file:
+            write_rows(rows, artefact.classes, file, top=top, as_json=json_output)
+        draft.replace(out)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def rows_of_bank(artefact: ProbeArtefact, path: Path) -> Iterator[Row]:
@@ -69,7 +78,8 @@ def rows_of_bank(artefact: ProbeArtefact, path: Path) -> Iterator[Row]:
     bank = open_bank(path)
     artefact.check_encoder(bank.card["encoder"], bank.encoder_id)
     clips = bank.clips.select(["clip_id", "start_s", "duration_s"]).to_pylist()
-    loader = BatchLoader(bank, layer=artefact.layer, shuffle=False)
+    # One pass: copying the tokens to memory first would not pay.
+    loader = BatchLoader(bank, layer=artefact.layer, shuffle=False, tier="map")
     for batch in loader:
         scores = artefact.predict_proba(batch.patches, batch.prefix, batch.n_patches)
         for row, probabilities in zip(np.asarray(batch.rows).tolist(), scores, strict=True):
@@ -130,26 +140,28 @@ def recordings(audio: Sequence[Path]) -> Iterator[Path]:
 
 
 def write_rows(
-    rows: Iterator[Row], classes: Sequence[str], *, top: int, out: Path | None, as_json: bool
+    rows: Iterator[Row],
+    classes: Sequence[str],
+    file: TextIO | None,
+    *,
+    top: int,
+    as_json: bool,
 ) -> None:
-    """Prints each row's best classes, and writes all probabilities where `out` names a file."""
+    """Prints each row's best classes, and writes all probabilities to `file` as CSV."""
     import csv
     import json
-    from contextlib import ExitStack
 
-    with ExitStack() as stack:
-        table = None
-        if out is not None:
-            table = csv.writer(stack.enter_context(out.open("w", newline="", encoding="utf-8")))
-            table.writerow(["clip", "start_s", "end_s", *classes])
-        for name, start_s, end_s, probabilities in rows:
-            best = [int(index) for index in probabilities.argsort()[::-1][:top]]
-            if table is not None:
-                table.writerow([name, start_s, end_s, *(f"{p:.6f}" for p in probabilities)])
-            if as_json:
-                labels = {classes[index]: round(float(probabilities[index]), 6) for index in best}
-                fact = {"clip": name, "start_s": start_s, "end_s": end_s, "labels": labels}
-                print(json.dumps(fact))
-            else:
-                words = "  ".join(f"{classes[index]} {probabilities[index]:.2f}" for index in best)
-                print(f"{name}  {start_s:.1f}-{end_s:.1f} s  {words}")
+    table = None if file is None else csv.writer(file)
+    if table is not None:
+        table.writerow(["clip", "start_s", "end_s", *classes])
+    for name, start_s, end_s, probabilities in rows:
+        best = [int(index) for index in probabilities.argsort()[::-1][:top]]
+        if table is not None:
+            table.writerow([name, start_s, end_s, *(f"{p:.6f}" for p in probabilities)])
+        if as_json:
+            labels = {classes[index]: round(float(probabilities[index]), 6) for index in best}
+            fact = {"clip": name, "start_s": start_s, "end_s": end_s, "labels": labels}
+            print(json.dumps(fact))
+        else:
+            words = "  ".join(f"{classes[index]} {probabilities[index]:.2f}" for index in best)
+            print(f"{name}  {start_s:.1f}-{end_s:.1f} s  {words}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 from distributed import Client, LocalCluster, WorkerPlugin, as_completed, get_worker
 
-from patchbank.pipeline.bank.commit import recover
-from patchbank.pipeline.bank.reader import Bank, open_bank, read_attributes
+from patchbank.pipeline.bank.commit import read_record, recover, shard_name
+from patchbank.pipeline.bank.reader import Bank, open_bank, read_attributes, schema_of_card
 from patchbank.pipeline.bank.schema import create_skeleton
 from patchbank.pipeline.bank.seal import SEAL, seal_bank
 from patchbank.pipeline.encoders import load_encoder
-from patchbank.pipeline.errors import BankMismatch, EncoderError, PatchbankError
+from patchbank.pipeline.errors import BankCorrupt, BankMismatch, EncoderError, PatchbankError
 from patchbank.pipeline.manifest import ClipTable, read_manifest
 from patchbank.pipeline.plan import (
     ExtractionPlan,
@@ -35,7 +36,6 @@ from patchbank.pipeline.specs import Json, Recipe, StoredDType, WindowSpec, diff
 if TYPE_CHECKING:
     from patchbank.pipeline.encoders.base import Encoder
 
-PLUGIN = "patchbank-extraction"
 SHARDS_PER_WORKER = 2
 """Shard tasks that run at once in a worker, so that its pipeline never drains between shards."""
 
@@ -142,18 +142,18 @@ def _fit_to_bank(extraction: Extraction, batch_size: int | None) -> Extraction:
             f"{bank} holds other tokens than this command makes; choose another --out",
             differing_fields(found, expected),
         )
-    _check_same_rows(bank, card, extraction.table.clips)
+    _check_same_rows(bank, card, extraction)
     begun_with = int(card["extraction"]["batch_size"])
     if batch_size not in (None, begun_with):
         raise BankMismatch(
             f"{bank} was begun with another batch size, which tokens depend on in the last bits",
             {"extraction.batch_size": (begun_with, batch_size)},
         )
-    job = ExtractionJob(**{**vars(extraction.job), "batch_size": begun_with})
-    return Extraction(extraction.plan, extraction.table, job, extraction.attributes)
+    return replace(extraction, job=replace(extraction.job, batch_size=begun_with))
 
 
-def _check_same_rows(bank: Path, card: Json, clips: pa.Table) -> None:
+def _check_same_rows(bank: Path, card: Json, extraction: Extraction) -> None:
+    clips = extraction.table.clips
     if card["rows_sha256"] != rows_digest(clips):
         raise BankMismatch(
             f"{bank} was begun over another clip table; choose another --out",
@@ -161,6 +161,24 @@ def _check_same_rows(bank: Path, card: Json, clips: pa.Table) -> None:
             if card["n_rows"] != len(clips)
             else {"rows_sha256": (card["rows_sha256"][:12], rows_digest(clips)[:12])},
         )
+    if schema_of_card(card) != extraction.plan.schema:
+        raise BankMismatch(
+            f"{bank} was begun by another version of patchbank; choose another --out",
+            {"rows_per_shard": (card["rows_per_shard"], extraction.plan.schema.rows_per_shard)},
+        )
+
+
+def _check_committed_rows(extraction: Extraction) -> None:
+    """Refuses a bank in which a committed shard holds other clips than this table names there."""
+    bank, missing = extraction.job.bank, set(extraction.plan.missing_shards)
+    for shard in set(range(extraction.plan.schema.n_shards)) - missing:
+        record = read_record(bank, shard_name(shard))
+        expected = rows_digest(_shard_rows(extraction, shard))
+        if record is not None and record["rows_sha256"] != expected:
+            raise BankCorrupt(
+                f"shard {shard_name(shard)} of {bank} holds other clips than the table; remove "
+                f"commits/{shard_name(shard)}.json and run the same command again"
+            )
 
 
 def choose_layers(encoder: Encoder, layers: str | tuple[int, ...]) -> tuple[int, ...]:
@@ -186,8 +204,8 @@ def choose_device(device: str) -> str:
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise EncoderError(f"no device {device!r} here ({reason}); use --device cpu") from error
     return device
@@ -202,10 +220,16 @@ def run(
     """Does what is left of an extraction and seals the bank."""
     bank, plan = extraction.job.bank, extraction.plan
     if not (bank / SEAL).is_file():
-        plan.check_space()
         bank.parent.mkdir(parents=True, exist_ok=True)
+        if (bank / "zarr.json").is_file():
+            recover(bank)
+        # What recovery freed, and the shards that it gave back, count.
+        plan = plan_extraction(bank, plan.recipe, plan.schema)
+        plan.check_space()
         create_skeleton(bank, plan.schema, extraction.attributes)
-        recover(bank)
+        # Another process may have begun a bank here since this one was prepared.
+        extraction = _fit_to_bank(replace(extraction, plan=plan), None)
+        _check_committed_rows(extraction)
         n_clips = sum(len(plan.schema.rows_of(shard)) for shard in plan.missing_shards)
         state = Progress(n_clips)
         for report in _run_shards(extraction, scheduler):
@@ -213,6 +237,8 @@ def run(
             state = Progress(n_clips, state.n_done + report.n_done, n_failed)
             if progress is not None:
                 progress(state)
+    else:
+        _fit_to_bank(extraction, None)
     seal_bank(bank, plan.schema, recipe_id=extraction.job.recipe.recipe_id)
     return open_bank(bank)
 
@@ -258,36 +284,39 @@ class _ExtractionPlugin(WorkerPlugin):
             self.extractor.close()
 
 
-def _extractor() -> ShardExtractor:
-    plugin = get_worker().plugins[PLUGIN]
+def _extractor(plugin_name: str) -> ShardExtractor:
+    plugin = get_worker().plugins[plugin_name]
     assert isinstance(plugin, _ExtractionPlugin)
     assert plugin.extractor is not None
     return plugin.extractor
 
 
-def _extract_shard(shard: int, clips: pa.Table) -> ShardReport:
-    return _extractor().extract(shard, clips)
+def _extract_shard(plugin_name: str, shard: int, clips: pa.Table) -> ShardReport:
+    return _extractor(plugin_name).extract(shard, clips)
 
 
-def _extract_golden() -> None:
-    _extractor().golden()
+def _extract_golden(plugin_name: str) -> None:
+    _extractor(plugin_name).golden()
 
 
 def _run_shards(extraction: Extraction, scheduler: str | None) -> Iterator[ShardReport]:
-    plan = extraction.plan
+    # A scheduler may serve several extractions: each has a plugin of its own.
+    plugin = f"patchbank-{uuid.uuid4().hex}"
     with _client(scheduler) as client:
-        client.register_plugin(_ExtractionPlugin(extraction.job), name=PLUGIN)
+        client.register_plugin(_ExtractionPlugin(extraction.job), name=plugin)
         try:
-            client.submit(_extract_golden, pure=False).result()
+            client.submit(_extract_golden, plugin, pure=False).result()
             futures = [
-                client.submit(_extract_shard, shard, _shard_rows(extraction, shard), pure=False)
-                for shard in plan.missing_shards
+                client.submit(
+                    _extract_shard, plugin, shard, _shard_rows(extraction, shard), pure=False
+                )
+                for shard in extraction.plan.missing_shards
             ]
             for future in as_completed(futures):
                 yield future.result()
                 future.release()
         finally:
-            client.unregister_worker_plugin(PLUGIN)
+            client.unregister_worker_plugin(plugin)
 
 
 def _shard_rows(extraction: Extraction, shard: int) -> pa.Table:
@@ -310,7 +339,9 @@ def _client(scheduler: str | None) -> Iterator[Client]:
             n_workers=1,
             threads_per_worker=SHARDS_PER_WORKER,
             processes=False,
-            dashboard_address=None,
+            # The default would listen on every interface of the machine.
+            dashboard_address="127.0.0.1:0",
+            worker_dashboard_address="127.0.0.1:0",
             silence_logs=50,
         ) as cluster,
         Client(cluster) as client,

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float32
 
 from patchbank.pipeline.audio import DecodedClip, decode_clip
-from patchbank.pipeline.bank.commit import commit, new_attempt, read_record, shard_name
+from patchbank.pipeline.bank.commit import commit, open_attempt, read_record, shard_name
 from patchbank.pipeline.bank.parts import RowFacts, part_path, part_table
 from patchbank.pipeline.bank.schema import BankSchema
 from patchbank.pipeline.bank.writer import (
@@ -31,6 +31,7 @@ from patchbank.pipeline.bank.writer import (
 from patchbank.pipeline.encoders import load_encoder
 from patchbank.pipeline.errors import AudioError, BankMismatch, EncoderError
 from patchbank.pipeline.golden import golden_waveform, write_golden
+from patchbank.pipeline.plan import rows_digest
 from patchbank.pipeline.specs import Recipe, differing_fields
 from patchbank.pipeline.tokens import StoredTokens, counted_patches, store_tokens
 
@@ -97,16 +98,25 @@ class ShardExtractor:
         if read_record(self._job.bank, "golden") is not None:
             return
         waveform = golden_waveform(self._n_samples)
-        tokens = {key: value.tokens for key, value in self._encode(waveform[None], [None]).items()}
-        attempt = new_attempt(self._job.bank, "golden")
-        write_golden(attempt, waveform, tokens)
-        paths = sorted(path for path in attempt.rglob("*") if path.is_file())
-        files = [hash_file(path, relative_to=attempt) for path in paths]
-        commit(self._job.bank, attempt, "golden", files, {})
+        stored = self._encode(waveform[None], [None])
+        for suffix, tokens in stored.items():
+            if tokens.failures[0]:
+                raise EncoderError(
+                    f"golden clip, layer {suffix.replace('_', ' ')}: {tokens.failures[0]}; "
+                    "check the weights, or store another --dtype"
+                )
+        with open_attempt(self._job.bank, "golden") as attempt:
+            write_golden(attempt, waveform, {key: value.tokens for key, value in stored.items()})
+            paths = sorted(path for path in (attempt / "golden").rglob("*") if path.is_file())
+            files = [hash_file(path, relative_to=attempt) for path in paths]
+            commit(self._job.bank, attempt, "golden", files, {})
 
     def extract(self, shard: int, clips: pa.Table) -> ShardReport:
         """Decodes, encodes, writes and commits the rows of one shard."""
-        attempt = new_attempt(self._job.bank, shard_name(shard))
+        with open_attempt(self._job.bank, shard_name(shard)) as attempt:
+            return self._extract(attempt, shard, clips)
+
+    def _extract(self, attempt: Path, shard: int, clips: pa.Table) -> ShardReport:
         facts: list[RowFacts] = []
         with ExitStack() as stack:
             writers = self._open_writers(stack, attempt, shard)
@@ -117,9 +127,10 @@ class ShardExtractor:
         table = part_table(clips, facts, self._job.schema)
         files.append(_write_part(attempt, shard, table))
         n_failed = sum(fact.failure is not None for fact in facts)
-        counts = {"n_done": len(facts) - n_failed, "n_failed": n_failed}
+        n_done = len(facts) - n_failed
+        counts = {"n_done": n_done, "n_failed": n_failed, "rows_sha256": rows_digest(clips)}
         commit(self._job.bank, attempt, shard_name(shard), files, counts)
-        return ShardReport(shard, counts["n_done"], counts["n_failed"])
+        return ShardReport(shard, n_done, n_failed)
 
     def _open_writers(
         self, stack: ExitStack, attempt: Path, shard: int

@@ -13,9 +13,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from patchbank.pipeline.errors import PatchbankError
+
 Json = dict[str, Any]
 PadRule = Literal["zero", "repeat"]
 StoredDType = Literal["float16", "float32"]
+LONGEST_WINDOW_S = 3_600.0
 
 
 def canonical_json(value: object) -> bytes:
@@ -124,6 +127,14 @@ class WindowSpec:
     pad: PadRule = "zero"
     """What fills a window beyond its audio, at the end: zeros, or the audio again."""
     min_new_fraction: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, value in (("window_s", self.window_s), ("hop_s", self.hop_s)):
+            if not 0 < value <= LONGEST_WINDOW_S:
+                raise PatchbankError(
+                    f"{name} must be above 0 and at most {LONGEST_WINDOW_S:g} seconds, "
+                    f"found {value:g}"
+                )
 
     def n_samples(self, sample_rate_hz: int) -> int:
         """Samples in a window at `sample_rate_hz`."""

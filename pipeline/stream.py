@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int64
+from torch import Tensor
 
 from patchbank.pipeline.audio import DecodedClip, decode_clip, probe_duration_s
 from patchbank.pipeline.encoders.base import Encoder
 from patchbank.pipeline.errors import AudioError
 from patchbank.pipeline.specs import StoredDType, WindowSpec
-from patchbank.pipeline.tokens import TORCH_DTYPES, counted_patches
+from patchbank.pipeline.tokens import counted_patches, store_tokens
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class TokenStream:
     def encode(self, path: Path) -> Iterator[EncodedWindows]:
         """The tokens of a recording, some windows at a time; `AudioError` where it cannot be read.
 
-        Memory holds two batches of windows, however long the recording is.
+        Memory holds one batch of windows, however long the recording is.
         """
         windows = windows_of(path, self.window)
         with ThreadPoolExecutor(2, thread_name_prefix="decode") as decoders:
@@ -75,7 +76,6 @@ class TokenStream:
         waveforms = torch.from_numpy(np.stack([clip.waveform for clip in clips]))
         features = self.encoder.frontend(waveforms.to(self.device))
         tokens = self.encoder.encode(features, [self.layer])[self.layer]
-        dtype = TORCH_DTYPES[self.stored_dtype]
         counts = [
             counted_patches(
                 tokens.grid,
@@ -87,10 +87,20 @@ class TokenStream:
         ]
         return EncodedWindows(
             tuple(windows),
-            tokens.patches.to(dtype).cpu().numpy(),
-            None if tokens.prefix is None else tokens.prefix.to(dtype).cpu().numpy(),
+            self._stored(tokens.patches),
+            None if tokens.prefix is None else self._stored(tokens.prefix),
             np.array(counts, dtype=np.int64),
         )
+
+    def _stored(
+        self, tokens: Float[Tensor, "batch token dim"]
+    ) -> Float[np.ndarray, "clip token dim"]:
+        every = torch.full((len(tokens),), tokens.shape[1])
+        stored = store_tokens(tokens, dtype=self.stored_dtype, n_counted=every)
+        for failure in stored.failures:
+            if failure is not None:
+                raise AudioError(failure)
+        return stored.tokens
 
 
 def windows_of(path: Path, window: WindowSpec) -> list[Window]:

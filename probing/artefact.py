@@ -153,8 +153,11 @@ def load_probe(folder: Path) -> ProbeArtefact:
             f"cannot read {folder / 'probe.safetensors'} ({error}), expected the arrays that "
             "train-probe writes there; train again: patchbank train-probe"
         ) from error
-    classes = tuple(description.pop("classes"))
-    artefact = ProbeArtefact(**description, classes=classes, weights=weights)
+    try:
+        classes = tuple(description.pop("classes"))
+        artefact = ProbeArtefact(**description, classes=classes, weights=weights)
+    except (KeyError, TypeError) as error:
+        raise _damaged(folder, error) from error
     _check_weights(folder, artefact)
     return artefact
 
@@ -165,11 +168,22 @@ def _read_description(folder: Path) -> dict[str, Any]:
         nested = sorted(found.parent.name for found in folder.glob("*/probe.json"))
         hint = f"; it has probes {', '.join(nested)}: name one of these folders" if nested else ""
         raise TrialError(f"found no probe.json in {folder}, expected a probe's folder{hint}")
-    description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        description: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise _damaged(folder, error) from error
     found = description.pop("format", None)
     if found != FORMAT:
-        raise TrialError(f"found format {found!r} in {path}, expected {FORMAT}; update patchbank")
+        raise TrialError(
+            f"found format {found!r} in {path}, expected {FORMAT}; update patchbank or train again"
+        )
     return description
+
+
+def _damaged(folder: Path, error: Exception) -> TrialError:
+    return TrialError(
+        f"{folder / 'probe.json'} is damaged ({error!r}); train again: patchbank train-probe"
+    )
 
 
 def _check_weights(folder: Path, artefact: ProbeArtefact) -> None:

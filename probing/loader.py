@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -148,15 +149,37 @@ def choose_tier(n_bytes: int, tier: Tier = "auto") -> Tier:
     """`ram` where the tokens fit in half of the memory that is free now, else `map`."""
     if tier != "auto":
         return tier
-    return "ram" if 2 * n_bytes <= _free_memory_bytes() else "map"
+    return "ram" if 2 * n_bytes <= free_memory_bytes() else "map"
 
 
-def _free_memory_bytes() -> int:
-    with open("/proc/meminfo", encoding="ascii") as file:  # noqa: PTH123
-        for line in file:
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return 0
+def free_memory_bytes() -> int:
+    """Memory that is free now, within the limit of this process's control group.
+
+    0 where the system does not say.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        fields = dict(line.split(":", 1) for line in lines)
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 0
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        return min(free, limit - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no such group, or "max": no limit
+        return free
+
+
+def _checked(rows: Rows, bank: Bank) -> Rows:
+    found = np.asarray(rows)
+    if found.dtype.kind not in "iu" or (
+        len(found) and not 0 <= found.min() <= found.max() < bank.n_rows
+    ):
+        raise BankError(
+            f"rows are whole numbers from 0 to {bank.n_rows - 1} in {bank.path}, found {found!r}"
+        )
+    return found
 
 
 class BankSource:
@@ -217,7 +240,7 @@ class BatchLoader:
         self.source = BankSource(bank, layer, tier=tier)
         self.epoch = 0
         """The next epoch; set it to begin elsewhere."""
-        self._rows = np.flatnonzero(bank.status == 1) if rows is None else np.asarray(rows)
+        self._rows = np.flatnonzero(bank.status == 1) if rows is None else _checked(rows, bank)
         self._batch_size, self._seed, self._shuffle = batch_size, seed, shuffle
 
     def __len__(self) -> int:

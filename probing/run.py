@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,12 +78,13 @@ def run_training(
 ) -> dict[str, Any]:
     """Trains `probes` on one layer (the last by default) and returns what results.json holds.
 
-    Leaves in `out` one folder a probe and results.json, which is removed first and written last:
-    where it exists, the run is complete. `source` gives the tokens of a layer; None reads the
+    Leaves in `out` one folder a probe and results.json, which is written last: where it exists,
+    the run is complete. `source` gives the tokens of a layer; None reads the
     bank itself, from `tier`. Raises `ManifestError` for wrong tables, `TrialError`.
     """
     settings = settings or TrainSettings()
     layer = _checked_layer(bank, layer)
+    _check_writable(out)
     labels = read_labels(
         labels_path, bank.clips, classes=classes, task=task, allow_unlabelled=allow_unlabelled
     )
@@ -101,6 +103,18 @@ def run_training(
         )
         trained.append(Fold(split, outcomes))
     return _write(_Run(bank, layer, tokens, labels, tuple(trained), settings), out)
+
+
+def _check_writable(out: Path) -> None:
+    """Hours of training must not end at a folder that cannot be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise TrialError(
+            f"cannot write results to {out} ({error.strerror}); choose another --out"
+        ) from error
 
 
 def _checked_layer(bank: TokenBank, layer: int | None) -> int:

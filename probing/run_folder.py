@@ -21,12 +21,18 @@ def probe_folder(run: Path, probe: str | None = None) -> Path:
             f"found no results.json in {run}, expected what train-probe leaves in its --out; "
             "train first: patchbank train-probe"
         )
-    results: dict[str, Any] = json.loads((run / "results.json").read_text("utf-8"))
-    # Not the folders that lie there: some may be left from an earlier run.
-    names = sorted(results["probes"])
+    try:
+        results: dict[str, Any] = json.loads((run / "results.json").read_text("utf-8"))
+        # Not the folders that lie there: some may be left from an earlier run.
+        names = sorted(results["probes"])
+        best = _best_on_validation(results)
+    except (ValueError, KeyError, TypeError) as error:
+        raise TrialError(
+            f"{run / 'results.json'} is damaged ({error!r}); train again: patchbank train-probe"
+        ) from error
     if probe is not None and probe not in names:
         raise TrialError(f"found no probe {probe!r} in {run}, expected one of {', '.join(names)}")
-    return run / (probe or _best_on_validation(results))
+    return run / (probe or best)
 
 
 def _best_on_validation(results: dict[str, Any]) -> str:

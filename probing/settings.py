@@ -56,6 +56,13 @@ class TrainSettings:
         """`device`, where "auto" is the GPU if there is one."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.zeros(1, device=self.device).cpu()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise TrialError(
+                f"found no device {self.device!r} here ({reason}); use --device cpu"
+            ) from error
         return torch.device(self.device)
 
     def candidates(self, name: str, lowest_highest: tuple[float, float]) -> tuple[float, ...]:

@@ -287,3 +287,85 @@ def test_lists_of_encoders_and_probes_fit_a_terminal(capsys: pytest.CaptureFixtu
     assert "MIT" in encoders
     assert "protobin" in probes
     assert max(len(line) for line in (encoders + probes).splitlines()) <= 80
+
+
+def test_labels_corrected_by_hand_survive_the_same_command(tmp_path: Path) -> None:
+    write_tone(tmp_path / "set/dog/0.wav", hertz=200)
+    line = ["extract", str(tmp_path / "set"), "--encoder", "fake", *WINDOW]
+    line += ["--out", str(tmp_path / "x.bank")]
+    assert main(line) == 0
+    (tmp_path / "x.labels.csv").write_text("clip_id,labels\ndog/0.wav,wolf\n")
+    assert main(line) == 0
+    assert "wolf" in (tmp_path / "x.labels.csv").read_text()
+
+
+def test_a_set_of_which_nothing_can_be_decoded_fails(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/a.wav").write_bytes(b"no audio")
+    line = ["extract", str(tmp_path / "set"), "--encoder", "fake", *WINDOW]
+    said = error_of(capsys, [*line, "--out", str(tmp_path / "x.bank")])
+    assert "all 1 clips" in said
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(
+    job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    line = train_line(job)
+    line[line.index("--out") + 1] = str(tmp_path / "file/run")
+    assert "cannot write results to" in error_of(capsys, line)
+    line = extract_line(job)
+    line[line.index("--out") + 1] = str(tmp_path / "file/x.bank")
+    assert str(tmp_path / "file") in error_of(capsys, line)
+
+
+def test_a_failing_prediction_leaves_an_older_table_alone(
+    job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = write_table(tmp_path / "scores.csv", "keep me")
+    for what in (["--bank", str(tmp_path / "none.bank")], [str(tmp_path / "none.wav")]):
+        error_of(capsys, ["predict", str(job / "run"), *what, "--out", str(old)])
+        assert old.read_text() == "keep me\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.csv"]
+
+
+def test_a_device_that_is_not_there_is_one_clear_error(
+    job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "found no device 'cuda:77'" in error_of(capsys, train_line(job, "--device", "cuda:77"))
+    said = error_of(capsys, extract_line(job, "--device", "nonsense"))
+    assert "no device 'nonsense' here" in said
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("results.json", "{}"),
+        ("results.json", "{"),
+        ("linear/probe.json", "{"),
+        ("linear/probe.json", "[]"),
+        ("linear/probe.json", '{"format": 1}'),
+    ],
+)
+def test_a_damaged_run_is_one_clear_error(
+    file: str, content: str, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(job / "run", tmp_path / "run")
+    (run / file).write_text(content)
+    audio = str(job / "set/audio/0000.wav")
+    assert "train" in error_of(capsys, ["predict", str(run), audio, "--probe", "linear"])
+
+
+def test_ctrl_c_says_that_an_extraction_can_go_on(
+    job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from patchbank.pipeline import extraction
+
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(extraction, "run", stop)
+    assert main(extract_line(job)) == 130
+    assert "goes on with the same command" in capsys.readouterr().err

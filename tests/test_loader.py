@@ -118,3 +118,9 @@ def test_masked_patches_are_counted_in_batches(tmp_path: Path) -> None:
 def test_a_batch_size_below_one_is_refused(bank: Bank) -> None:
     with pytest.raises(ValueError, match="batch_size must be at least 1, found 0"):
         BatchLoader(bank, batch_size=0)
+
+
+@pytest.mark.parametrize("row", [-1, N_CLIPS])
+def test_rows_outside_the_bank_are_refused(bank: Bank, row: int) -> None:
+    with pytest.raises(BankError, match=f"rows are whole numbers from 0 to {N_CLIPS - 1}"):
+        BatchLoader(bank, rows=np.array([0, row]))

@@ -3,32 +3,43 @@
 An attempt writes into a folder of its own under `.work/`. Then its commit record is hard-linked
 into `commits/`, which fails where a record exists, so that exactly one attempt wins; only the
 winner's files are renamed into place. A process killed between the link and the last rename leaves
-a record whose files still lie in its attempt: `recover` finishes those renames.
+a record whose files still lie in its attempt: `recover` finishes those renames. An attempt holds a
+lock that dies with its process, so that `recover` can tell a dead one and clear it away.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
 
-from patchbank.pipeline.bank.writer import FileRecord, fsync_folder, write_durably
+from patchbank.pipeline.bank.writer import FileRecord, fsync_folder, fsync_tree, write_durably
 from patchbank.pipeline.errors import BankCorrupt
 from patchbank.pipeline.specs import Json
 
 WORK = ".work"
+LOCK = "lock"
 
 
-def new_attempt(bank: Path, name: str) -> Path:
-    """A fresh folder under `.work/`, owned by the caller."""
+@contextmanager
+def open_attempt(bank: Path, name: str) -> Iterator[Path]:
+    """A fresh folder under `.work/`, removed at the end unless a kill comes first."""
     attempt = bank / WORK / f"{name}.{uuid.uuid4().hex}"
     attempt.mkdir(parents=True)
-    return attempt
+    descriptor = os.open(attempt / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield attempt
+    finally:
+        shutil.rmtree(attempt, ignore_errors=True)
+        os.close(descriptor)
 
 
 def record_path(bank: Path, name: str) -> Path:
@@ -49,12 +60,10 @@ def commit(bank: Path, attempt: Path, name: str, files: Iterable[FileRecord], fa
     record = {"name": name, **facts, "files": [asdict(file) for file in files]}
     draft = attempt / "commit.json"
     write_durably(draft, json.dumps(record, indent=1, sort_keys=True).encode())
-    for folder in [attempt, *(path for path in attempt.rglob("*") if path.is_dir())]:
-        fsync_folder(folder)
+    fsync_tree(attempt)
     try:
         os.link(draft, record_path(bank, name))
     except FileExistsError:
-        shutil.rmtree(attempt, ignore_errors=True)
         return False
     fsync_folder(bank / "commits")
     _publish(bank, attempt, record)
@@ -64,11 +73,17 @@ def commit(bank: Path, attempt: Path, name: str, files: Iterable[FileRecord], fa
 def read_record(bank: Path, name: str) -> Json | None:
     """The commit record of `name`, None where it is not committed."""
     try:
-        return cast(Json, json.loads(record_path(bank, name).read_bytes()))
+        record = json.loads(record_path(bank, name).read_bytes())
+        for file in record["files"]:
+            FileRecord(**file)
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise BankCorrupt(f"commits/{name}.json is no JSON: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise BankCorrupt(
+            f"commits/{name}.json is damaged ({error}); remove that file and run the same extract "
+            "command again, which redoes the shard"
+        ) from error
+    return dict(record)
 
 
 def committed_names(bank: Path) -> set[str]:
@@ -77,42 +92,67 @@ def committed_names(bank: Path) -> set[str]:
 
 
 def recover(bank: Path) -> None:
-    """Finishes the renames of every record whose attempt was cut short.
+    """Puts an unsealed bank in order after a kill.
 
-    Raises `BankCorrupt` where a recorded file is nowhere to be found.
+    Finishes the renames of every record whose attempt was cut short, withdraws records whose files
+    are nowhere to be found, so that their shards are done again, and clears away dead attempts.
     """
-    attempts = list((bank / WORK).glob("*.*/commit.json"))
     for name in sorted(committed_names(bank)):
         record = read_record(bank, name)
         if record is None or not _missing_files(bank, record):
             continue
         own = record_path(bank, name).read_bytes()
-        for draft in attempts:
-            if draft.is_file() and draft.read_bytes() == own:
-                _publish(bank, draft.parent, record)
-        missing = _missing_files(bank, record)
-        if missing:
-            raise BankCorrupt(f"shard {name}: {missing[0]} is recorded but not there")
+        for draft in (bank / WORK).glob(f"{name}.*/commit.json"):
+            with contextlib.suppress(FileNotFoundError):
+                if draft.read_bytes() == own:
+                    _publish(bank, draft.parent, record)
+        if _missing_files(bank, record):
+            record_path(bank, name).unlink(missing_ok=True)
+    for attempt in (bank / WORK).glob("*.*/"):
+        if _is_dead(attempt):
+            shutil.rmtree(attempt, ignore_errors=True)
+
+
+def _is_dead(attempt: Path) -> bool:
+    try:
+        descriptor = os.open(attempt / LOCK, os.O_RDWR)
+    except OSError:
+        return False  # just being made, or just being removed
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def _missing_files(bank: Path, record: Json) -> list[str]:
-    sealed_parts = (bank / "clips.parquet").is_file()
+    """Recorded files that are not there in their recorded size."""
+    parts_are_gathered = (bank / "clips.parquet").is_file()
     return [
         file["path"]
         for file in record["files"]
-        if not (bank / file["path"]).is_file()
-        and not (sealed_parts and file["path"].startswith("parts/"))
+        if not (parts_are_gathered and file["path"].startswith("parts/"))
+        and not _has_size(bank / file["path"], file["size"])
     ]
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except FileNotFoundError:
+        return False
 
 
 def _publish(bank: Path, attempt: Path, record: Json) -> None:
     folders = set()
     for file in record["files"]:
-        source, target = attempt / file["path"], bank / file["path"]
-        if source.is_file():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            source.replace(target)
+        target = bank / file["path"]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Another process that recovers may have been faster with the same file.
+        with contextlib.suppress(FileNotFoundError):
+            (attempt / file["path"]).replace(target)
             folders.add(target.parent)
     for folder in folders:
         fsync_folder(folder)
-    shutil.rmtree(attempt, ignore_errors=True)

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int32, Int64
 from patchbank.pipeline.bank.layout import parse_index
 from patchbank.pipeline.bank.schema import DONE, FAILED, FORMAT_VERSION, BankSchema, TokenArray
 from patchbank.pipeline.bank.seal import SEAL, root_hash
+from patchbank.pipeline.bank.writer import hash_file
 from patchbank.pipeline.errors import BankCorrupt, BankError, BankIncomplete, BankNotFound
 from patchbank.pipeline.specs import Grid, Json, LayerSpec
 
@@ -107,7 +108,7 @@ class Bank:
         if missing.any():
             row = int(np.argmax(missing))
             name = array.shard_path(row // self.schema.rows_per_shard)
-            raise BankCorrupt(f"shard {name}: row {row} is missing; pull or extract the bank again")
+            raise BankCorrupt(f"shard {name}: row {row} is missing; pull the bank again")
         files = tuple(self.path / array.shard_path(shard) for shard in shards)
         return RowPlaces(array, files, self.schema.rows_per_shard, offset)
 
@@ -128,7 +129,9 @@ class Bank:
             found = path.stat().st_size if path.is_file() else None
             if found != size:
                 what = "is missing" if found is None else f"has {found} bytes, sealed {size}"
-                raise BankCorrupt(f"{self.path}: {name} {what}; pull or extract the bank again")
+                raise BankCorrupt(
+                    f"{self.path}: {name} {what}; pull the bank again, or remove it and extract"
+                )
 
 
 def schema_of_card(card: Json) -> BankSchema:
@@ -188,8 +191,8 @@ def open_bank(path: Path | str) -> Bank:
     seal = _read_json(bank / SEAL, what=bank)
     try:
         opened = _checked_bank(bank, attributes, seal)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BankCorrupt(f"{bank}: the card or the seal lacks a field: {error}") from error
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise BankCorrupt(f"{bank}: the card or the seal is damaged: {error!r}") from error
     opened.check_files()
     return opened
 
@@ -197,6 +200,10 @@ def open_bank(path: Path | str) -> Bank:
 def _checked_bank(bank: Path, attributes: Json, seal: Json) -> Bank:
     if root_hash(seal["files"]) != seal["root_sha256"]:
         raise BankCorrupt(f"{bank}: seal.json does not match its own root hash")
+    # Everything that is decided later rests on the card; the other files only have to be there.
+    card = hash_file(bank / "zarr.json", relative_to=bank)
+    if {"path": card.path, "sha256": card.sha256, "size": card.size} not in seal["files"]:
+        raise BankCorrupt(f"{bank}: zarr.json is not the one that was sealed; pull the bank again")
     if seal["recipe_id"] != attributes["recipe_id"]:
         raise BankCorrupt(f"{bank}: zarr.json and seal.json name different recipes")
     return Bank(bank, attributes, seal)

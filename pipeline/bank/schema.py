@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 import zarr
 
 from patchbank.pipeline.bank.layout import ShardLayout
+from patchbank.pipeline.bank.writer import fsync_tree
 from patchbank.pipeline.specs import Grid, Json, LayerSpec
 
 FORMAT_VERSION = 1
@@ -20,6 +22,7 @@ DONE, FAILED, HOLE = 1, 2, 3
 """Values of the `status` column."""
 POOLED = ("mean", "max", "min")
 SMALL_CHUNK_ROWS = 65_536
+STALE_DRAFT_S = 3_600
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,11 @@ class BankSchema:
                 arrays.append(TokenArray(spec.layer, "prefix", spec.n_prefix, spec.dim, self.dtype))
         return arrays
 
+    def array_paths(self) -> list[str]:
+        """Paths inside the bank of every array of the layers, the small ones included."""
+        small = [f"layers/{spec.layer}/{n}" for spec in self.layers for n in ("n_patches", *POOLED)]
+        return [array.path for array in self.arrays()] + small
+
     def token_bytes(self) -> int:
         """Bytes of all shard files."""
         return sum(
@@ -97,9 +105,11 @@ def create_skeleton(bank: Path, schema: BankSchema, attributes: Json) -> None:
 
     Returns quietly where another process was faster; the caller compares what it finds.
     """
+    _sweep_drafts(bank)
     draft = bank.with_name(f".{bank.name}.{uuid.uuid4().hex}")
     try:
         _write_skeleton(draft, schema, attributes)
+        fsync_tree(draft)
         # The commits folder makes a bank non-empty, so a rename never replaces an existing one.
         draft.rename(bank)
     except OSError:
@@ -107,6 +117,13 @@ def create_skeleton(bank: Path, schema: BankSchema, attributes: Json) -> None:
             raise
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _sweep_drafts(bank: Path) -> None:
+    """Removes what killed runs left beside the bank; a live run's draft is younger than this."""
+    for draft in bank.parent.glob(f".{bank.name}.{'[0-9a-f]' * 32}"):
+        if time.time() - draft.stat().st_mtime > STALE_DRAFT_S:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def _write_skeleton(draft: Path, schema: BankSchema, attributes: Json) -> None:
@@ -122,7 +139,7 @@ def _write_skeleton(draft: Path, schema: BankSchema, attributes: Json) -> None:
 
 
 def create_token_array(bank: Path, array: TokenArray, schema: BankSchema) -> None:
-    """Writes one sharded array's metadata; its shards are written by `ShardWriter`."""
+    """Writes one sharded array's metadata; its shards are written by `ShardFileWriter`."""
     row = (array.n_tokens, array.dim)
     zarr.create_array(
         bank,

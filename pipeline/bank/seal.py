@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from patchbank.pipeline.bank.commit import (
     WORK,
     committed_names,
-    new_attempt,
+    open_attempt,
     read_record,
     recover,
     shard_name,
@@ -38,7 +38,13 @@ from patchbank.pipeline.bank.schema import (
     BankSchema,
     create_small_array,
 )
-from patchbank.pipeline.bank.writer import FileRecord, fsync_folder, hash_file, write_durably
+from patchbank.pipeline.bank.writer import (
+    FileRecord,
+    fsync_folder,
+    fsync_tree,
+    hash_file,
+    write_durably,
+)
 from patchbank.pipeline.errors import BankCorrupt, BankIncomplete
 from patchbank.pipeline.specs import Json, canonical_json
 
@@ -47,24 +53,32 @@ UNSEALED = {SEAL, "notes", "parts", WORK}
 FINGERPRINT_COLUMNS = ("clip_id", "view", "path", "start_s", "duration_s", "audio_sha256", "status")
 
 
-def seal_bank(bank: Path, schema: BankSchema, *, recipe_id: str) -> Json:
-    """Completes a bank whose shards are all committed; returns the seal's content.
+def seal_bank(bank: Path, schema: BankSchema, *, recipe_id: str) -> None:
+    """Completes a bank whose shards are all committed.
 
     Raises `BankIncomplete` where a shard is not committed. Sealing a sealed bank only clears what
     an interrupted run left behind.
     """
+    leftovers = [bank / "parts", bank / WORK]
+    if (bank / SEAL).is_file() and not any(path.exists() for path in leftovers):
+        return
     with _single_owner(bank):
         if not (bank / SEAL).is_file():
             recover(bank)
             _check_committed(bank, schema)
             if not (bank / "clips.parquet").is_file():
                 _assemble(bank, schema)
+            _check_arrays(bank, schema)
             shutil.rmtree(bank / "parts", ignore_errors=True)
             _write_seal(bank, recipe_id=recipe_id)
-        shutil.rmtree(bank / "parts", ignore_errors=True)
-        shutil.rmtree(bank / WORK, ignore_errors=True)
-    content: Json = json.loads((bank / SEAL).read_bytes())
-    return content
+        for path in leftovers:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _check_arrays(bank: Path, schema: BankSchema) -> None:
+    for path in schema.array_paths():
+        if not (bank / path / "zarr.json").is_file():
+            raise BankCorrupt(f"{bank}: {path} is not there; remove the bank and extract again")
 
 
 @contextmanager
@@ -90,17 +104,24 @@ def _check_committed(bank: Path, schema: BankSchema) -> None:
 
 
 def _assemble(bank: Path, schema: BankSchema) -> None:
-    draft = new_attempt(bank, "assembly")
-    for spec in schema.layers:
-        for name in ("n_patches", *POOLED):
-            _assemble_array(bank, draft, schema, layer=spec.layer, dim=spec.dim, name=name)
-    _assemble_clips(bank, draft, schema)
-    for folder in [draft, *(path for path in draft.rglob("*") if path.is_dir())]:
-        fsync_folder(folder)
+    with open_attempt(bank, "assembly") as draft:
+        for spec in schema.layers:
+            for name in ("n_patches", *POOLED):
+                _assemble_array(bank, draft, schema, layer=spec.layer, dim=spec.dim, name=name)
+        _assemble_clips(bank, draft, schema)
+        _move_in(bank, draft, schema)
+
+
+def _move_in(bank: Path, draft: Path, schema: BankSchema) -> None:
+    """Renames the assembled arrays and, last, clips.parquet into the bank."""
+    fsync_tree(draft)
     for array in sorted(path.parent for path in draft.glob("layers/*/*/zarr.json")):
         target = bank / array.relative_to(draft)
         if not target.exists():
             array.rename(target)
+    for spec in schema.layers:
+        fsync_folder(bank / f"layers/{spec.layer}")
+    # From here on the parts are not needed: everything they hold is durable elsewhere.
     (draft / "clips.parquet").rename(bank / "clips.parquet")
     fsync_folder(bank)
 
@@ -132,8 +153,6 @@ def _assemble_clips(bank: Path, draft: Path, schema: BankSchema) -> None:
             writer = writer or pq.ParquetWriter(file, table.schema)
             writer.write_table(table)
         writer.close()
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _read_rows(bank: Path, schema: BankSchema, rows: range, columns: list[str]) -> pa.Table:
@@ -196,7 +215,7 @@ def _file_records(bank: Path) -> Iterator[FileRecord]:
             yield record
     left = [name for name in recorded if not name.startswith("parts/")]
     if left:
-        raise BankCorrupt(f"{left[0]} is recorded but not there")
+        raise BankCorrupt(f"{left[0]} is recorded but not there; run the same extract again")
 
 
 def _recorded_files(bank: Path) -> dict[str, FileRecord]:

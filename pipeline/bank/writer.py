@@ -43,6 +43,17 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def fsync_tree(folder: Path) -> None:
+    """Makes everything below `folder` durable, files before the folders that name them."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    fsync_folder(folder)
+
+
 def write_durably(path: Path, content: bytes) -> None:
     """Writes a small file and flushes it to the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
