@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from audio_sets import write_clip_set
+
+# patchbank itself is imported in the fixtures: shapes are only checked in modules that are loaded
+# after the configuration, which comes after this file.
+if TYPE_CHECKING:
+    from patchbank.pipeline.bank import Bank
 
 SHARED = Path(os.environ.get("PATCHBANK_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -16,3 +24,26 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"needs real audio and weights: no folder {SHARED} (set PATCHBANK_SHARED)")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def clip_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from fake_bank import N_CLIPS
+
+    return write_clip_set(tmp_path_factory.mktemp("set"), n_clips=N_CLIPS)
+
+
+@pytest.fixture(scope="session")
+def sealed(clip_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Bank:
+    from fake_bank import SETTINGS
+
+    from patchbank.pipeline.extraction import extract
+
+    out = tmp_path_factory.mktemp("banks") / "fake.bank"
+    return extract(clip_table, encoder="fake", out=out, settings=SETTINGS)
+
+
+@pytest.fixture
+def copy(sealed: Bank, tmp_path: Path) -> Path:
+    """A sealed bank that a test may damage."""
+    return Path(shutil.copytree(sealed.path, tmp_path / "copy.bank"))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from patchbank.pipeline.errors import PatchbankError
 from patchbank.pipeline.manifest.windows import Segments, cut
 from patchbank.pipeline.specs import WindowSpec
 
@@ -48,3 +50,18 @@ def test_a_segment_of_no_length_keeps_one_window() -> None:
 def test_starts_lose_the_noise_of_binary_sums() -> None:
     cuts = cut(Segments(["a.wav"], [None], [0.1], [0.6]), WindowSpec(window_s=0.2, hop_s=0.2))
     assert cuts.starts_s == [0.1, 0.3, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("window_s", "hop_s", "words"),
+    [
+        (float("nan"), 1.0, "window_s must be above 0"),
+        (float("inf"), 1.0, "window_s must be above 0 and at most 3600 seconds, found inf"),
+        (1e7, 1.0, "at most 3600"),
+        (1.0, float("nan"), "hop_s must be above 0"),
+        (1.0, 0.0, "hop_s must be above 0"),
+    ],
+)
+def test_windows_that_are_no_windows_are_refused(window_s: float, hop_s: float, words: str) -> None:
+    with pytest.raises(PatchbankError, match=words):
+        WindowSpec(window_s, hop_s)
