@@ -239,7 +239,7 @@ def run(
                 progress(state)
     else:
         _fit_to_bank(extraction, None)
-    seal_bank(bank, plan.schema, recipe_id=extraction.job.recipe.recipe_id)
+    seal_bank(bank, plan.schema, recipe_id=read_attributes(bank)["recipe_id"])
     return open_bank(bank)
 
 
@@ -312,7 +312,7 @@ def _run_shards(extraction: Extraction, scheduler: str | None) -> Iterator[Shard
                 )
                 for shard in extraction.plan.missing_shards
             ]
-            for future in as_completed(futures):
+            for future in as_completed(futures, loop=client.loop):
                 yield future.result()
                 future.release()
         finally:
@@ -331,7 +331,7 @@ def _shard_rows(extraction: Extraction, shard: int) -> pa.Table:
 @contextmanager
 def _client(scheduler: str | None) -> Iterator[Client]:
     if scheduler is not None:
-        with Client(scheduler) as client:
+        with Client(scheduler, set_as_default=False) as client:
             yield client
         return
     with (
@@ -344,6 +344,6 @@ def _client(scheduler: str | None) -> Iterator[Client]:
             worker_dashboard_address="127.0.0.1:0",
             silence_logs=50,
         ) as cluster,
-        Client(cluster) as client,
+        Client(cluster, set_as_default=False) as client,
     ):
         yield client

@@ -31,5 +31,14 @@ def write_golden(
     group = zarr.create_group(folder / "golden")
     values = {"waveform": waveform} | {f"tokens_{key}": value[0] for key, value in tokens.items()}
     for name, value in values.items():
-        axes = ("sample",) if name == "waveform" else ("patch", "dim")
-        group.create_array(name, data=value, compressors=None, dimension_names=axes)
+        second = "prefix" if name.endswith("_prefix") else "patch"
+        group.create_array(
+            name,
+            data=value,
+            chunks=value.shape,
+            compressors=None,
+            fill_value=float("nan"),
+            chunk_key_encoding={"name": "default", "separator": "."},
+            dimension_names=("sample",) if name == "waveform" else (second, "dim"),
+            config={"write_empty_chunks": True},
+        )

@@ -135,6 +135,8 @@ class WindowSpec:
                     f"{name} must be above 0 and at most {LONGEST_WINDOW_S:g} seconds, "
                     f"found {value:g}"
                 )
+            # 10 and 10.0 are the same window, but not the same JSON.
+            object.__setattr__(self, name, float(value))
 
     def n_samples(self, sample_rate_hz: int) -> int:
         """Samples in a window at `sample_rate_hz`."""
@@ -169,7 +171,7 @@ class Recipe:
         return {
             "encoder": self.encoder.identity(),
             "window": asdict(self.window),
-            "layers": list(self.layers),
+            "layers": sorted(self.layers),
             "stored_dtype": self.stored_dtype,
             "compute_dtype": self.compute_dtype,
             "mask_padding": self.mask_padding,

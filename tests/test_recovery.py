@@ -17,6 +17,7 @@ from patchbank.pipeline.errors import (
     BankMismatch,
 )
 from patchbank.pipeline.extraction import ExtractionSettings, extract, prepare, run
+from patchbank.pipeline.specs import WindowSpec
 
 
 @pytest.mark.parametrize(
@@ -177,3 +178,12 @@ def test_a_committed_shard_records_its_counts(sealed: Bank) -> None:
     assert record is not None
     assert (record["n_done"], record["n_failed"]) == (8, 0)
     assert next(file["path"] for file in record["files"]) == "layers/1/patches/c.2.0.0"
+
+
+def test_whole_numbers_of_seconds_are_the_same_recipe(clip_table: Path, tmp_path: Path) -> None:
+    out = tmp_path / "x.bank"
+    line = [sys.executable, "-c", KILLED_RUN, str(clip_table), str(out), "before the seal"]
+    subprocess.run(line, check=False)
+    whole = ExtractionSettings(**{**vars(SETTINGS), "window": WindowSpec(1, 1)})
+    bank = extract(clip_table, encoder="fake", out=out, settings=whole)
+    assert open_bank(out).recipe_id == bank.recipe_id

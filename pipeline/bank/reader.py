@@ -198,7 +198,7 @@ def open_bank(path: Path | str) -> Bank:
 
 
 def _checked_bank(bank: Path, attributes: Json, seal: Json) -> Bank:
-    if root_hash(seal["files"]) != seal["root_sha256"]:
+    if root_hash(seal) != seal["root_sha256"]:
         raise BankCorrupt(f"{bank}: seal.json does not match its own root hash")
     # Everything that is decided later rests on the card; the other files only have to be there.
     card = hash_file(bank / "zarr.json", relative_to=bank)

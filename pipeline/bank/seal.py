@@ -46,7 +46,7 @@ from patchbank.pipeline.bank.writer import (
     write_durably,
 )
 from patchbank.pipeline.errors import BankCorrupt, BankIncomplete
-from patchbank.pipeline.specs import Json, canonical_json
+from patchbank.pipeline.specs import Json, canonical_json, digest
 
 SEAL = "seal.json"
 UNSEALED = {SEAL, "notes", "parts", WORK}
@@ -172,18 +172,18 @@ def _write_seal(bank: Path, *, recipe_id: str) -> None:
         "format": FORMAT_VERSION,
         "recipe_id": recipe_id,
         "fingerprint": fingerprint(recipe_id, pq.read_table(bank / "clips.parquet")),
-        "root_sha256": root_hash(listing),
         "files": listing,
     }
+    content["root_sha256"] = root_hash(content)
     draft = bank / WORK / SEAL
     write_durably(draft, json.dumps(content, indent=1, sort_keys=True).encode())
     draft.replace(bank / SEAL)
     fsync_folder(bank)
 
 
-def root_hash(listing: list[Json]) -> str:
-    """SHA-256 over the seal's sorted list of files, as canonical JSON."""
-    return hashlib.sha256(canonical_json(listing)).hexdigest()
+def root_hash(seal: Json) -> str:
+    """SHA-256 over the seal's content but the root hash itself, as canonical JSON."""
+    return digest({key: value for key, value in seal.items() if key != "root_sha256"})
 
 
 def fingerprint(recipe_id: str, clips: pa.Table) -> str:

@@ -1,0 +1,256 @@
+"""Finds everything that is wrong with a sealed bank, down to the shard and the row.
+
+Nothing that the seal does not name is opened, and no link is followed. The seal proves that a bank
+is whole, not who made it: whoever can rewrite every file can also rewrite the seal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from patchbank.pipeline.bank.commit import read_record, shard_name
+from patchbank.pipeline.bank.damage import shard_files, shard_problems
+from patchbank.pipeline.bank.reader import read_attributes, schema_of_card
+from patchbank.pipeline.bank.schema import DONE, FAILED, FORMAT_VERSION, HOLE, BankSchema
+from patchbank.pipeline.bank.seal import FINGERPRINT_COLUMNS, SEAL, fingerprint, root_hash
+from patchbank.pipeline.bank.writer import FileRecord, hash_file
+from patchbank.pipeline.errors import BankCorrupt, BankError, BankIncomplete
+
+CLIPS, CARD = "clips.parquet", "zarr.json"
+HASH_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Seal:
+    """What seal.json says."""
+
+    format: int
+    recipe_id: str
+    fingerprint: str
+    root_sha256: str
+    files: Mapping[str, FileRecord]
+
+    @property
+    def bank_bytes(self) -> int:
+        """Bytes of all sealed files."""
+        return sum(file.size for file in self.files.values())
+
+
+def read_seal(bank: Path) -> Seal:
+    """The seal of a bank, as it stands; `BankIncomplete` where there is none, or `BankCorrupt`."""
+    if not (bank / SEAL).is_file():
+        read_attributes(bank)
+        raise BankIncomplete(
+            f"{bank} is not sealed: its extraction has not finished. "
+            "Run the same `patchbank extract` command again"
+        )
+    try:
+        content = json.loads((bank / SEAL).read_bytes())
+        files = {file["path"]: FileRecord(**file) for file in content.pop("files")}
+        seal = Seal(**content, files=files)
+        root_hash([asdict(file) for file in files.values()])
+        _ = seal.bank_bytes
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise BankCorrupt(f"{SEAL}: is damaged: {error!r}") from error
+    return seal
+
+
+def verify_bank(
+    path: Path | str,
+    *,
+    quick: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[str, ...]:
+    """Every problem of a sealed bank, one sentence each; none where it is what its seal says.
+
+    `quick` compares sizes, records, indices and counts; otherwise every sealed byte is read too.
+    `progress` is called with the bytes read and the bytes to read. Raises `BankNotFound` or
+    `BankIncomplete` where there is no sealed bank.
+    """
+    bank = Path(path)
+    sizes, strange = _walk(bank)
+    if SEAL in strange:
+        return (f"{SEAL}: {strange[SEAL]}",)
+    try:
+        seal = read_seal(bank)
+    except BankCorrupt as error:
+        return (str(error),)
+    there = [file for file in seal.files.values() if sizes.get(file.path) == file.size]
+    to_hash = [file for file in there if not quick or file.path == CARD]
+    wrong = _wrong_digests(bank, to_hash, progress)
+    whole = {file.path for file in there} - set(wrong)
+    return (
+        *_seal_problems(seal),
+        *_listing_problems(seal, sizes, strange),
+        *_content_problems(bank, seal, whole, wrong),
+    )
+
+
+def _walk(bank: Path) -> tuple[dict[str, int], dict[str, str]]:
+    """Sizes of the files below `bank` outside notes/, and what is neither file nor folder."""
+    sizes: dict[str, int] = {}
+    strange: dict[str, str] = {}
+    folders = [bank] if bank.is_dir() else []
+    while folders:
+        for entry in os.scandir(folders.pop()):
+            name = Path(entry.path).relative_to(bank).as_posix()
+            if entry.is_symlink():
+                strange[name] = "is a link; a bank holds its own files only"
+            elif entry.is_dir():
+                folders.append(bank / name)
+            elif not entry.is_file():
+                strange[name] = "is no regular file"
+            elif not name.startswith("notes/"):
+                sizes[name] = entry.stat().st_size
+    return sizes, strange
+
+
+def _wrong_digests(
+    bank: Path, files: list[FileRecord], progress: Callable[[int, int], None] | None
+) -> dict[str, str]:
+    """What was found instead, by path, for files whose SHA-256 is not the sealed one."""
+    wrong: dict[str, str] = {}
+    n_read, n_bytes = 0, sum(file.size for file in files)
+    pool = ThreadPoolExecutor(min(HASH_THREADS, os.cpu_count() or 1))
+    try:
+        futures = {pool.submit(_sha256, bank, file.path): file for file in files}
+        for future in as_completed(futures):
+            file, found = futures[future], future.result()
+            if found != file.sha256:
+                wrong[file.path] = found
+            n_read += file.size
+            if progress is not None:
+                progress(n_read, n_bytes)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return wrong
+
+
+def _sha256(bank: Path, name: str) -> str:
+    try:
+        return hash_file(bank / name, relative_to=bank).sha256
+    except OSError as error:
+        return f"nothing ({error.strerror})"
+
+
+def _seal_problems(seal: Seal) -> Iterator[str]:
+    if root_hash([asdict(file) for file in seal.files.values()]) != seal.root_sha256:
+        yield f"{SEAL}: the list of files does not match its own root hash"
+    if seal.format != FORMAT_VERSION:
+        yield f"{SEAL}: format {seal.format!r}, expected {FORMAT_VERSION}"
+
+
+def _listing_problems(
+    seal: Seal, sizes: Mapping[str, int], strange: Mapping[str, str]
+) -> Iterator[str]:
+    for name, what in sorted(strange.items()):
+        yield f"{name}: {what}"
+    for name, file in sorted(seal.files.items()):
+        if any(name == other or name.startswith(f"{other}/") for other in strange):
+            continue
+        if name not in sizes:
+            yield f"{name}: is missing"
+        elif sizes[name] != file.size:
+            yield f"{name}: {sizes[name]} bytes, sealed {file.size}"
+    for name in sorted(set(sizes) - set(seal.files) - {SEAL}):
+        yield f"{name}: is not sealed; only notes/ may hold files that are not"
+
+
+def _content_problems(
+    bank: Path, seal: Seal, whole: set[str], wrong: Mapping[str, str]
+) -> Iterator[str]:
+    """What the files that are there in their size say about each other, and wrong digests."""
+    schema, problem = _schema(bank, seal, whole)
+    clips, clip_problems = _clips(bank, seal, schema) if CLIPS in whole else (None, [])
+    shards = {file.name: file for file in shard_files(bank, schema)} if schema else {}
+    for name in sorted(set(wrong) - set(shards)):
+        yield f"{name}: {_difference(seal, name, wrong[name])}"
+    yield from problem
+    yield from clip_problems
+    if schema is not None:
+        yield from _record_problems(bank, seal, schema, clips, whole)
+    for name, file in shards.items():
+        if name in wrong or name in whole:
+            difference = _difference(seal, name, wrong[name]) if name in wrong else None
+            yield from shard_problems(file, clips, difference=difference)
+
+
+def _difference(seal: Seal, name: str, found: str) -> str:
+    for other in seal.files.values():
+        if other.sha256 == found:
+            return f"holds the bytes of {other.path}: the two were swapped, or one was copied"
+    return f"SHA-256 is {found[:12]}, sealed {seal.files[name].sha256[:12]}"
+
+
+def _schema(bank: Path, seal: Seal, whole: set[str]) -> tuple[BankSchema | None, list[str]]:
+    """The shapes, None where the card cannot be trusted."""
+    if CARD not in whole:
+        return None, []
+    try:
+        attributes = read_attributes(bank)
+        if attributes["recipe_id"] != seal.recipe_id:
+            return None, [f"{SEAL}: names another recipe than {CARD}"]
+        return schema_of_card(attributes["card"]), []
+    except (BankError, KeyError, TypeError, ValueError) as error:
+        return None, [f"{CARD}: the card cannot be read: {error}"]
+
+
+def _clips(bank: Path, seal: Seal, schema: BankSchema | None) -> tuple[pa.Table | None, list[str]]:
+    """clips.parquet, None where it cannot be trusted."""
+    try:
+        digests = [
+            f"{kind}_{array.column_suffix}"
+            for array in (schema.arrays() if schema else [])
+            for kind in ("crc32c", "sha256")
+        ]
+        clips = pq.read_table(bank / CLIPS, columns=[*FINGERPRINT_COLUMNS, *digests])
+        found = fingerprint(seal.recipe_id, clips)
+        clips.select(digests)
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        return None, [f"{CLIPS}: cannot be read: {str(error).splitlines()[0]}"]
+    if schema and len(clips) != schema.n_rows:
+        return None, [f"{CLIPS}: {len(clips)} rows, the card names {schema.n_rows}"]
+    unknown = sorted(set(clips["status"].to_pylist()) - {DONE, FAILED, HOLE}, key=str)
+    if unknown:
+        return None, [f"{CLIPS}: status {unknown[0]}, expected 1 done, 2 failed or 3 hole"]
+    if found != seal.fingerprint:
+        return clips, [f"{SEAL}: the fingerprint is not that of the recipe and {CLIPS}"]
+    return clips, []
+
+
+def _record_problems(
+    bank: Path, seal: Seal, schema: BankSchema, clips: pa.Table | None, whole: set[str]
+) -> Iterator[str]:
+    """Where commit records, the seal and the clips' status disagree."""
+    names = {shard_name(shard): schema.rows_of(shard) for shard in range(schema.n_shards)}
+    for name, rows in {**names, "golden": range(0)}.items():
+        place = f"commits/{name}.json"
+        if place not in seal.files:
+            yield f"{place}: is not sealed, though the card promises it"
+        if place not in whole:
+            continue
+        try:
+            record = read_record(bank, name) or {}
+            files = [FileRecord(**file) for file in record["files"]]
+            counts = [record["n_done"], record["n_failed"]] if rows else [0, 0]
+        except (BankCorrupt, KeyError, TypeError) as error:
+            yield f"{place}: is damaged: {error}"
+            continue
+        for file in files:
+            if not file.path.startswith("parts/") and seal.files.get(file.path) != file:
+                yield f"{place}: {file.path} is recorded with other bytes than sealed"
+        if clips is not None:
+            status = clips["status"].slice(rows.start, len(rows)).to_pylist()
+            if counts != [status.count(DONE), status.count(FAILED)]:
+                yield (
+                    f"{place}: {counts[0]} done and {counts[1]} failed, "
+                    f"{CLIPS} has {status.count(DONE)} and {status.count(FAILED)}"
+                )
