@@ -6,7 +6,6 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +14,8 @@ from jaxtyping import Int64
 from patchbank.pipeline.bank.layout import ShardLayout, crc32c, encode_index, parse_index
 from patchbank.pipeline.bank.schema import HOLE, BankSchema
 from patchbank.pipeline.errors import BankCorrupt
+
+NO_CLIPS = "without a sound clips.parquet no row can be named"
 
 
 @dataclass(frozen=True)
@@ -46,20 +47,29 @@ def shard_problems(
     Only the index is read unless `difference` says how the file's digest differs from the seal.
     Without trusted `clips` the rows cannot be told apart.
     """
+    clips = None if clips is None else clips.slice(file.rows.start, len(file.rows))
     try:
-        clips = None if clips is None else clips.slice(file.rows.start, len(file.rows))
-        try:
-            offsets, index_problem = _offsets(file), None
-        except BankCorrupt as error:
-            offsets, index_problem = _usual_offsets(file), str(error)
-        if clips is not None and index_problem is None:
-            yield from _promise_problems(file, offsets, clips)
-        if difference is not None:
-            yield from _damage(file, offsets, clips, difference, index_problem)
-        elif index_problem is not None:
-            yield index_problem
+        offsets, index_problem = _offsets(file), None
+    except BankCorrupt as error:
+        offsets, index_problem = _usual_offsets(file), str(error)
     except OSError as error:
         yield f"shard {file.name}: cannot be read: {error.strerror}"
+        return
+    if clips is None:
+        yield from [index_problem] if index_problem else []
+        if difference is not None:
+            yield f"shard {file.name}: {difference}; {NO_CLIPS}"
+        return
+    broken_promises = [] if index_problem else list(_promise_problems(file, offsets, clips))
+    yield from broken_promises
+    if difference is None:
+        yield from [index_problem] if index_problem else []
+    elif difference.startswith("holds"):
+        yield f"shard {file.name}, rows {file.rows.start}-{file.rows[-1]}: {difference}"
+    elif index_problem is not None:
+        yield from _damage_without_index(file, offsets, clips, index_problem)
+    else:
+        yield from _damage(file, offsets, clips, explained=bool(broken_promises))
 
 
 def _offsets(file: ShardFile) -> Int64[np.ndarray, " row"]:
@@ -86,35 +96,38 @@ def _promise_problems(
         yield f"{place}: is there, though clips.parquet calls it a hole"
 
 
-def _damage(
-    file: ShardFile,
-    offsets: Int64[np.ndarray, " row"],
-    clips: pa.Table | None,
-    difference: str,
-    index_problem: str | None,
+def _damage_without_index(
+    file: ShardFile, usual: Int64[np.ndarray, " row"], clips: pa.Table, index_problem: str
 ) -> Iterator[str]:
-    if clips is None:
-        yield f"shard {file.name}: {difference}; without a sound clips.parquet no row can be named"
-        return
-    if difference.startswith("holds"):
-        yield f"shard {file.name}, rows {file.rows.start}-{file.rows[-1]}: {difference}"
-        return
-    with file.path.open("rb") as content:
-        wrong = _wrong_rows(file, content, offsets, clips)
-        padding_is_zero = _padding_is_zero(file, content, offsets)
-    if index_problem is not None and len(wrong) == len(file.rows):
+    wrong = _wrong_rows(file, usual, clips)
+    if len(wrong) == len(file.rows) - clips["status"].to_pylist().count(HOLE):
         yield f"{index_problem}; no row is at its usual place"
         return
+    yield from _row_problems(file, wrong, clips)
+    rows = "the other rows are" if wrong else "every row is"
+    yield f"{index_problem}; {rows} whole at the usual places"
+
+
+def _damage(
+    file: ShardFile, offsets: Int64[np.ndarray, " row"], clips: pa.Table, *, explained: bool
+) -> Iterator[str]:
+    """Never empty unless the difference is `explained` already."""
+    wrong = _wrong_rows(file, offsets, clips)
+    yield from _row_problems(file, wrong, clips)
+    if explained:
+        # The bytes of a row that the index lacks look like padding.
+        return
+    if not _padding_is_zero(file, offsets):
+        rows = "the other rows are" if wrong else "every row is"
+        yield f"shard {file.name}: padding between rows is not zero; {rows} whole"
+    elif not wrong:
+        yield f"shard {file.name}: {_harmless_part(file)}; every row is whole"
+
+
+def _row_problems(file: ShardFile, wrong: Sequence[int], clips: pa.Table) -> Iterator[str]:
     columns = f"crc32c_{file.column_suffix} and sha256_{file.column_suffix}"
     for place in _places(file, wrong, clips):
         yield f"{place}: the bytes do not match {columns} of clips.parquet"
-    rows = "the other rows are" if wrong else "every row is"
-    if index_problem is not None:
-        yield f"{index_problem}; {rows} whole at the usual places"
-    elif not padding_is_zero:
-        yield f"shard {file.name}: padding between rows is not zero; {rows} whole"
-    elif not wrong and (offsets >= 0).all():
-        yield f"shard {file.name}: {_harmless_part(file)}; every row is whole"
 
 
 def _harmless_part(file: ShardFile) -> str:
@@ -124,35 +137,31 @@ def _harmless_part(file: ShardFile) -> str:
     return "SHA-256 is not the sealed one" if usual else "the index is another one than sealed"
 
 
-def _wrong_rows(
-    file: ShardFile, content: BinaryIO, offsets: Int64[np.ndarray, " row"], clips: pa.Table
-) -> list[int]:
-    """Slots whose bytes are not those of their checksums; missing rows are left out."""
+def _wrong_rows(file: ShardFile, offsets: Int64[np.ndarray, " row"], clips: pa.Table) -> list[int]:
+    """Slots whose bytes are not those of their checksums; missing rows and holes are left out."""
     crcs = clips[f"crc32c_{file.column_suffix}"].to_pylist()
     sha256s = clips[f"sha256_{file.column_suffix}"].to_pylist()
+    there = (offsets >= 0) & (np.asarray(clips["status"]) != HOLE)
     wrong = []
-    for slot in np.flatnonzero(offsets >= 0).tolist():
-        content.seek(int(offsets[slot]))
-        row = content.read(file.layout.row_bytes)
-        if crc32c(row) != crcs[slot] or hashlib.sha256(row).hexdigest() != sha256s[slot]:
-            wrong.append(slot)
+    with file.path.open("rb") as content:
+        for slot in np.flatnonzero(there).tolist():
+            content.seek(int(offsets[slot]))
+            row = content.read(file.layout.row_bytes)
+            if crc32c(row) != crcs[slot] or hashlib.sha256(row).hexdigest() != sha256s[slot]:
+                wrong.append(slot)
     return wrong
 
 
-def _padding_is_zero(
-    file: ShardFile, content: BinaryIO, offsets: Int64[np.ndarray, " row"]
-) -> bool:
+def _padding_is_zero(file: ShardFile, offsets: Int64[np.ndarray, " row"]) -> bool:
     """Whether all bytes that belong to no row and not to the index are zero."""
-    index_start = content.seek(-file.layout.index_bytes, 2)
     position = 0
-    # Bytes of a row that the index lacks are counted as padding, but they are another problem.
-    if (offsets < 0).any():
-        return True
-    for offset in [*sorted(offsets.tolist()), index_start]:
-        content.seek(position)
-        if any(content.read(offset - position)):
-            return False
-        position = offset + file.layout.row_bytes
+    with file.path.open("rb") as content:
+        index_start = content.seek(-file.layout.index_bytes, 2)
+        for offset in [*sorted(offsets[offsets >= 0].tolist()), index_start]:
+            content.seek(position)
+            if any(content.read(offset - position)):
+                return False
+            position = offset + file.layout.row_bytes
     return True
 
 

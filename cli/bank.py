@@ -1,0 +1,265 @@
+"""`patchbank bank`: looks at banks, proves them whole, removes them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from patchbank.pipeline.errors import BankCorrupt, BankError, BankNotFound, PatchbankError
+
+if TYPE_CHECKING:
+    from patchbank.pipeline.bank import Bank
+
+app = typer.Typer(
+    help="Look at banks, prove them whole, remove them.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+BankPath = Annotated[Path, typer.Argument(metavar="BANK", help="A bank's folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Facts = dict[str, Any]
+
+
+@app.command()
+def verify(
+    bank: BankPath,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Sizes, records and indices only; reads no tokens.")
+    ] = False,
+    json_output: AsJson = False,
+) -> None:
+    """Check a bank against its seal and name every shard and row that differs."""
+    import json
+
+    from patchbank.pipeline.bank.verify import verify_bank
+
+    with byte_bar("verify") as progress:
+        problems = verify_bank(bank, quick=quick, progress=progress)
+    if json_output:
+        print(json.dumps({"bank": str(bank), "quick": quick, "problems": problems}))
+    else:
+        for problem in problems:
+            print(problem)
+    if problems:
+        raise BankCorrupt(
+            f"{bank}: {len(problems)} problem{'s' * (len(problems) > 1)} found; "
+            f"pull the bank again, or `patchbank bank rm {bank}` and extract again"
+        )
+    if not json_output:
+        print(f"{bank}: whole{', as far as a quick check sees' * quick}")
+
+
+@contextmanager
+def byte_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr with bytes, speed and the time left."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None, visible=False)
+
+        def show(n_read: int, n_bytes: int) -> None:
+            bar.update(task, visible=True, completed=n_read, total=n_bytes)
+
+        yield show
+
+
+@app.command()
+def show(bank: BankPath, json_output: AsJson = False) -> None:
+    """Say what a bank holds: encoder, layers, window, clips, failures, size, licence."""
+    import json
+
+    from patchbank.pipeline.bank import open_bank
+
+    facts = bank_facts(open_bank(bank))
+    if json_output:
+        print(json.dumps(facts))
+        return
+    for name, value in readable_facts(facts):
+        print_fact(name, value)
+
+
+def bank_facts(bank: Bank) -> Facts:
+    """What `bank show --json` prints."""
+    from patchbank.pipeline.bank.verify import read_seal
+
+    card, clips = bank.card, bank.clips.select(["status", "reason"]).to_pylist()
+    reasons = Counter(str(row["reason"]) for row in clips if row["status"] == 2)
+    return {
+        "bank": str(bank.path),
+        "fingerprint": bank.fingerprint,
+        "encoder": card["encoder"]["name"],
+        "encoder_id": bank.encoder_id,
+        "weights_sha256": card["encoder"]["weights_sha256"],
+        "layers": {str(layer): card["layers"][str(layer)] for layer in bank.layers},
+        "dtype": card["stored_dtype"],
+        "window": card["window"],
+        "sample_rate_hz": card["encoder"]["sample_rate_hz"],
+        "clips": bank.n_rows,
+        "failed": sum(reasons.values()),
+        "reasons": dict(reasons.most_common()),
+        "bytes": read_seal(bank.path).bank_bytes,
+        "licence": card["licence"],
+        "source": card["source"],
+    }
+
+
+def readable_facts(facts: Facts) -> Iterator[tuple[str, str]]:
+    """Names and sentences of `bank show`, in order."""
+    from patchbank.pipeline.plan import human_bytes
+
+    window = facts["window"]
+    yield "bank", facts["bank"]
+    yield "fingerprint", facts["fingerprint"][:12]
+    yield "encoder", f"{facts['encoder']}, {facts['encoder_id'][:12]}"
+    yield "weights", facts["weights_sha256"][:12] or "none"
+    for layer, spec in facts["layers"].items():
+        grid = f"{spec['grid']['time']} x {spec['grid']['freq']} patches of {spec['dim']}"
+        prefix = f" and {spec['n_prefix']} prefix" if spec["n_prefix"] else ""
+        yield f"layer {layer}", f"{grid}{prefix}, {spec['meaning']}"
+    yield "dtype", facts["dtype"]
+    yield (
+        "window",
+        f"{window['window_s']:g} s every {window['hop_s']:g} s at {facts['sample_rate_hz']} Hz, "
+        f"pad {window['pad']}",
+    )
+    yield "clips", f"{facts['clips']}, {facts['failed']} failed"
+    for reason, n_clips in facts["reasons"].items():
+        yield "", f"{n_clips} x {reason}"
+    yield "size", human_bytes(facts["bytes"])
+    yield "licence", facts["licence"] or "not stated"
+    yield "source", facts["source"] or "not stated"
+
+
+def print_fact(name: str, value: str) -> None:
+    """A name and its value, wrapped beside it to 80 columns."""
+    import textwrap
+
+    lead = f"{name:<13}"
+    print(textwrap.fill(value, 80, initial_indent=lead, subsequent_indent=" " * 13) or lead)
+
+
+@app.command("ls")
+def list_banks(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where banks lie.")] = Path(),
+    json_output: AsJson = False,
+) -> None:
+    """List the banks directly below a folder; one that cannot be read is named with its reason."""
+    import json
+
+    if not folder.is_dir():
+        raise PatchbankError(f"no folder {folder}; name the folder that holds the banks")
+    rows = [facts for path in sorted(folder.iterdir()) if (facts := summary(path)) is not None]
+    if json_output:
+        print(json.dumps(rows))
+        return
+    if not rows:
+        print(f"no banks in {folder}; `patchbank extract` makes one")
+    for facts in rows:
+        print_summary(facts)
+
+
+def summary(path: Path) -> Facts | None:
+    """One line of `bank ls`; None for what does not look like a bank."""
+    looks_like_a_bank = path.suffix == ".bank" or (path / "zarr.json").is_file()
+    if path.name.startswith(".") or not path.is_dir() or not looks_like_a_bank:
+        return None
+    try:
+        return _summary_of_bank(path)
+    except BankNotFound as error:
+        # A Zarr group of somebody else's, unless its name says that it should be a bank.
+        return _unreadable(path, error) if path.suffix == ".bank" else None
+    except (BankError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+        return _unreadable(path, error)
+
+
+def _unreadable(path: Path, error: Exception) -> Facts:
+    known = isinstance(error, BankError | OSError)
+    reason = str(error) if known else f"the card is damaged: {error!r}"
+    return {"name": path.name, "error": reason}
+
+
+def _summary_of_bank(path: Path) -> Facts:
+    from patchbank.pipeline.bank.reader import read_attributes
+    from patchbank.pipeline.bank.verify import read_seal
+
+    card = read_attributes(path)["card"]
+    seal = read_seal(path) if (path / "seal.json").exists() else None
+    return {
+        "name": path.name,
+        "encoder": card["encoder"]["name"],
+        "layers": sorted(int(layer) for layer in card["layers"]),
+        "dtype": card["stored_dtype"],
+        "clips": card["n_rows"],
+        "bytes": seal.bank_bytes if seal else _bytes_so_far(path),
+        "sealed": seal is not None,
+        "fingerprint": seal.fingerprint if seal else None,
+    }
+
+
+def _bytes_so_far(path: Path) -> int:
+    n_bytes = 0
+    for file in path.rglob("*"):
+        # An extraction that is running renames and removes files.
+        with suppress(FileNotFoundError):
+            n_bytes += 0 if file.is_dir() else file.lstat().st_size
+    return n_bytes
+
+
+def print_summary(facts: Facts) -> None:
+    """One bank of `bank ls`."""
+    from patchbank.pipeline.plan import human_bytes
+
+    if "error" in facts:
+        print(f"{facts['name']:<24} {facts['error']}")
+        return
+    layers = ",".join(str(layer) for layer in facts["layers"])
+    state = facts["fingerprint"][:12] if facts["sealed"] else "not sealed"
+    print(
+        f"{facts['name']:<24} {state:<12} {facts['encoder']} {layers} {facts['dtype']}, "
+        f"{facts['clips']} clips, {human_bytes(facts['bytes'])}"
+    )
+
+
+@app.command("rm")
+def remove(
+    bank: BankPath,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove a bank, sealed or not; nothing that is no bank, and no link."""
+    import shutil
+    import uuid
+
+    from patchbank.pipeline.bank.reader import read_attributes
+
+    if bank.is_symlink():
+        raise PatchbankError(f"{bank} is a link to {bank.readlink()}; remove the link with rm")
+    card = read_attributes(bank).get("card")
+    n_clips = card.get("n_rows") if isinstance(card, dict) else "unknown"
+    if not yes:
+        typer.confirm(f"Remove {bank} ({n_clips} clips)?", abort=True, err=True)
+    # Renamed first: a removal that is cut short leaves nothing that looks like a bank.
+    doomed = bank.absolute().with_name(f".{bank.absolute().name}.{uuid.uuid4().hex}")
+    bank.absolute().rename(doomed)
+    shutil.rmtree(doomed)
+    print(f"removed {bank}")
