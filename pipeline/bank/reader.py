@@ -176,6 +176,15 @@ def _read_json(file: Path, *, what: Path) -> Any:
         raise BankCorrupt(f"{file} is no JSON: {error}") from error
 
 
+def require_seal(bank: Path) -> None:
+    """Raises `BankIncomplete` where a bank has no seal."""
+    if not (bank / SEAL).is_file():
+        raise BankIncomplete(
+            f"{bank} is not sealed: its extraction has not finished. "
+            "Run the same `patchbank extract` command again"
+        )
+
+
 def open_bank(path: Path | str) -> Bank:
     """A sealed bank, after a check of its seal and of every file's size.
 
@@ -183,11 +192,7 @@ def open_bank(path: Path | str) -> Bank:
     """
     bank = Path(path)
     attributes = read_attributes(bank)
-    if not (bank / SEAL).is_file():
-        raise BankIncomplete(
-            f"{bank} is not sealed: its extraction has not finished. "
-            "Run the same `patchbank extract` command again"
-        )
+    require_seal(bank)
     seal = _read_json(bank / SEAL, what=bank)
     try:
         opened = _checked_bank(bank, attributes, seal)

@@ -18,11 +18,11 @@ import pyarrow.parquet as pq
 
 from patchbank.pipeline.bank.commit import read_record, shard_name
 from patchbank.pipeline.bank.damage import shard_files, shard_problems
-from patchbank.pipeline.bank.reader import read_attributes, schema_of_card
+from patchbank.pipeline.bank.reader import read_attributes, require_seal, schema_of_card
 from patchbank.pipeline.bank.schema import DONE, FAILED, FORMAT_VERSION, HOLE, BankSchema
 from patchbank.pipeline.bank.seal import FINGERPRINT_COLUMNS, SEAL, fingerprint, root_hash
 from patchbank.pipeline.bank.writer import FileRecord, hash_file
-from patchbank.pipeline.errors import BankCorrupt, BankError, BankIncomplete
+from patchbank.pipeline.errors import BankCorrupt, BankError
 
 CLIPS, CARD = "clips.parquet", "zarr.json"
 HASH_THREADS = 8
@@ -47,11 +47,9 @@ class Seal:
 def read_seal(bank: Path) -> Seal:
     """The seal of a bank, as it stands; `BankIncomplete` where there is none, or `BankCorrupt`."""
     if not (bank / SEAL).is_file():
+        # What is no bank at all is told first.
         read_attributes(bank)
-        raise BankIncomplete(
-            f"{bank} is not sealed: its extraction has not finished. "
-            "Run the same `patchbank extract` command again"
-        )
+    require_seal(bank)
     try:
         content = json.loads((bank / SEAL).read_bytes())
         seal = Seal(
