@@ -101,8 +101,6 @@ def show(bank: BankPath, json_output: AsJson = False) -> None:
 
 def bank_facts(bank: Bank) -> Facts:
     """What `bank show --json` prints."""
-    from patchbank.pipeline.bank.verify import read_seal
-
     card, clips = bank.card, bank.clips.select(["status", "reason"]).to_pylist()
     reasons = Counter(str(row["reason"]) for row in clips if row["status"] == 2)
     return {
@@ -115,10 +113,10 @@ def bank_facts(bank: Bank) -> Facts:
         "dtype": card["stored_dtype"],
         "window": card["window"],
         "sample_rate_hz": card["encoder"]["sample_rate_hz"],
-        "clips": bank.n_rows,
+        "clips": bank.n_clips,
         "failed": sum(reasons.values()),
         "reasons": dict(reasons.most_common()),
-        "bytes": read_seal(bank.path).bank_bytes,
+        "bytes": bank.seal.bank_bytes,
         "licence": card["licence"],
         "source": card["source"],
     }
@@ -200,8 +198,8 @@ def _unreadable(path: Path, error: Exception) -> Facts:
 
 
 def _summary_of_bank(path: Path) -> Facts:
-    from patchbank.pipeline.bank.reader import read_attributes
-    from patchbank.pipeline.bank.verify import read_seal
+    from patchbank.pipeline.bank.card import read_attributes
+    from patchbank.pipeline.bank.seal_record import read_seal
 
     card = read_attributes(path)["card"]
     seal = read_seal(path) if (path / "seal.json").exists() else None
@@ -210,7 +208,7 @@ def _summary_of_bank(path: Path) -> Facts:
         "encoder": card["encoder"]["name"],
         "layers": sorted(int(layer) for layer in card["layers"]),
         "dtype": card["stored_dtype"],
-        "clips": card["n_rows"],
+        "clips": sum(card["generations"]),
         "bytes": seal.bank_bytes if seal else _bytes_so_far(path),
         "sealed": seal is not None,
         "fingerprint": seal.fingerprint if seal else None,
@@ -250,7 +248,7 @@ def remove(
     import shutil
     import uuid
 
-    from patchbank.pipeline.bank.reader import read_attributes
+    from patchbank.pipeline.bank.card import read_attributes
 
     if bank.is_symlink():
         raise PatchbankError(f"{bank} is a link to {bank.readlink()}; remove the link with rm")

@@ -16,7 +16,9 @@ class StoredDType(Enum):
     """Types that tokens are stored in."""
 
     float16 = "float16"
+    bfloat16 = "bfloat16"
     float32 = "float32"
+    int8 = "int8"
 
 
 class TaskKind(Enum):

@@ -126,7 +126,8 @@ def print_plan(extraction: Extraction, *, as_json: bool) -> None:
 
     plan = extraction.plan
     facts = {
-        "clips": plan.schema.n_rows,
+        "clips": plan.schema.n_clips,
+        "clips_missing": sum(len(plan.schema.rows_of(shard)) for shard in plan.missing_shards),
         "shards": plan.schema.n_shards,
         "shards_missing": len(plan.missing_shards),
         "bytes": plan.total_bytes,
@@ -145,13 +146,13 @@ def print_plan(extraction: Extraction, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts))
         return
-    print(f"clips    {facts['clips']}")
+    print(f"clips    {facts['clips']}, {facts['clips_missing']} to encode")
     print(f"shards   {facts['shards']}, {facts['shards_missing']} still to do")
     for spec in plan.schema.layers:
         grid = plan.schema.grids[spec.layer]
         print(f"layer {spec.layer:<2} {grid.time} x {grid.freq} patches of {spec.dim}")
     print(f"size     {human_bytes(plan.total_bytes)}, {human_bytes(plan.missing_bytes)} to write")
-    print(f"free     {human_bytes(plan.free_bytes)} at {plan.bank.absolute().parent}")
+    print(f"free     {human_bytes(plan.free_bytes)} at {extraction.bank.parent}")
 
 
 def write_labels(table: ClipTable, out: Path) -> Path | None:
@@ -176,19 +177,19 @@ def print_bank(bank: Bank, *, labels: Path | None, as_json: bool) -> None:
     import json
 
     n_failed = int((bank.status == 2).sum())
-    if n_failed == bank.n_rows:
+    if n_failed == bank.n_clips:
         reason = bank.clips["reason"][0].as_py()
         raise PatchbankError(
             f"all {n_failed} clips of {bank.path} failed (first: {reason}); check the audio and "
             "--audio-root, then extract to another --out"
         )
     if as_json:
-        facts = {"bank": str(bank.path), "fingerprint": bank.fingerprint, "clips": bank.n_rows}
+        facts = {"bank": str(bank.path), "fingerprint": bank.fingerprint, "clips": bank.n_clips}
         print(json.dumps(facts | {"failed": n_failed, "labels": str(labels) if labels else None}))
         return
     for row in bank.clips.select(["clip_id", "status", "reason"]).to_pylist():
         if row["status"] == 2:
             print(f"failed: {row['clip_id']}: {row['reason']}", file=sys.stderr)
-    print(f"{bank.path}: {bank.n_rows} clips, {n_failed} failed, {bank.fingerprint[:12]}")
+    print(f"{bank.path}: {bank.n_clips} clips, {n_failed} failed, {bank.fingerprint[:12]}")
     if labels:
         print(f"{labels}: labels from the folder names")

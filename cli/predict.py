@@ -91,7 +91,7 @@ def rows_of_bank(artefact: ProbeArtefact, path: Path) -> Iterator[Row]:
 def open_stream(artefact: ProbeArtefact, *, weights: Path | None, device: str) -> TokenStream:
     """The probe's encoder and its bank's settings; `BankMismatch` for other weights."""
     from patchbank.pipeline.encoders import load_encoder
-    from patchbank.pipeline.extraction import choose_device
+    from patchbank.pipeline.environment import choose_device
     from patchbank.pipeline.specs import WindowSpec
     from patchbank.pipeline.stream import TokenStream
 

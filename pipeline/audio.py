@@ -50,14 +50,28 @@ def decode_clip(
     n_bad = frames.size - int(np.isfinite(frames).sum())
     if n_bad:
         raise AudioError(f"{n_bad} of {frames.size} samples are NaN or infinite")
+    waveform, n_audio_samples = fit_to_encoder(
+        frames, rate_hz, window=window, sample_rate_hz=sample_rate_hz
+    )
+    return DecodedClip(
+        waveform=waveform,
+        audio_sha256=hashlib.sha256(frames.astype("<f4", copy=False).data).hexdigest(),
+        n_audio_samples=n_audio_samples,
+    )
+
+
+def fit_to_encoder(
+    frames: Float32[np.ndarray, "sample channel"],
+    rate_hz: int,
+    *,
+    window: WindowSpec,
+    sample_rate_hz: int,
+) -> tuple[Float32[np.ndarray, " window"], int]:
+    """Decoded frames mixed to one channel, resampled and padded; and how much of it is audio."""
     mono = frames[:, 0] if frames.shape[1] == 1 else frames.mean(axis=1, dtype=np.float32)
     audio = _resampled(mono, from_hz=rate_hz, to_hz=sample_rate_hz)
     n_samples = window.n_samples(sample_rate_hz)
-    return DecodedClip(
-        waveform=_fitted(audio, n_samples, window.pad),
-        audio_sha256=hashlib.sha256(frames.astype("<f4", copy=False).data).hexdigest(),
-        n_audio_samples=min(len(audio), n_samples),
-    )
+    return _fitted(audio, n_samples, window.pad), min(len(audio), n_samples)
 
 
 def _read_frames(

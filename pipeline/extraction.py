@@ -1,43 +1,56 @@
-"""`extract`: a table of clips and an encoder become a sealed bank; the same call finishes it."""
+"""`extract`: a table of clips and an encoder become a sealed bank; the same call finishes it.
+
+A longer table over a sealed bank makes it grow: only the clips that are new are encoded.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
-import platform
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pyarrow as pa
-from distributed import Client, LocalCluster, WorkerPlugin, as_completed, get_worker
 
-from patchbank.pipeline.bank.commit import read_record, recover, shard_name
-from patchbank.pipeline.bank.reader import Bank, open_bank, read_attributes, schema_of_card
+from patchbank.pipeline.added_clips import added_clips
+from patchbank.pipeline.bank.card import (
+    attributes_of_card,
+    read_attributes,
+    recipe_of_card,
+    schema_of_card,
+)
+from patchbank.pipeline.bank.commit import live_attempts, read_record, recover, shard_name
+from patchbank.pipeline.bank.growth import finish_growth, next_folder, seal_growth
+from patchbank.pipeline.bank.identity import rows_digest, table_of
+from patchbank.pipeline.bank.quantised import (
+    CALIBRATION_CLIPS,
+    CALIBRATION_SEED,
+    ChannelConstants,
+    quantisation_recipe,
+)
+from patchbank.pipeline.bank.reader import Bank, open_bank
 from patchbank.pipeline.bank.schema import create_skeleton
-from patchbank.pipeline.bank.seal import SEAL, seal_bank
+from patchbank.pipeline.bank.seal import seal_bank
+from patchbank.pipeline.bank.seal_record import SEAL
 from patchbank.pipeline.encoders import load_encoder
+from patchbank.pipeline.environment import choose_device, default_batch_size
 from patchbank.pipeline.errors import BankCorrupt, BankMismatch, EncoderError, PatchbankError
 from patchbank.pipeline.manifest import ClipTable, read_manifest
 from patchbank.pipeline.plan import (
     ExtractionPlan,
     bank_attributes,
     plan_extraction,
-    recipe_of_card,
-    rows_digest,
     schema_for,
 )
-from patchbank.pipeline.shard import ExtractionJob, ShardExtractor, ShardReport
+from patchbank.pipeline.shard import ExtractionJob
 from patchbank.pipeline.specs import Json, Recipe, StoredDType, WindowSpec, differing_fields
+from patchbank.pipeline.workers import Workers, open_workers
 
 if TYPE_CHECKING:
     from patchbank.pipeline.encoders.base import Encoder
-
-SHARDS_PER_WORKER = 2
-"""Shard tasks that run at once in a worker, so that its pipeline never drains between shards."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +86,17 @@ class Extraction:
 
     plan: ExtractionPlan
     table: ClipTable
+    """As it was given."""
+    clips: pa.Table
+    """The clips of the bank in its order: those that it holds already, then new ones."""
     job: ExtractionJob
-    attributes: Json
+    batch_size: int | None
+    grows: Bank | None = None
+    """The sealed bank that gets more clips; None where a bank is made."""
+
+    @property
+    def bank(self) -> Path:
+        return self.job.bank
 
 
 def prepare(
@@ -86,9 +108,10 @@ def prepare(
     audio_root: Path | None = None,
     settings: ExtractionSettings = ExtractionSettings(),
 ) -> Extraction:
-    """Reads the clip table and the encoder, compares them with what lies at `out`; writes nothing.
+    """Reads the clip table and the encoder and compares them with what lies at `out`.
 
-    Raises `ManifestError`, `EncoderError`, or `BankMismatch` where another bank lies at `out`.
+    Writes nothing, but for the end of a growth that was cut short. Raises `ManifestError`,
+    `EncoderError`, or `BankMismatch` where another bank lies at `out`.
     """
     table = read_manifest(source, audio_root=audio_root, window=settings.window)
     model = load_encoder(encoder, weights=weights, device="cpu")
@@ -98,67 +121,84 @@ def prepare(
         layers=choose_layers(model, settings.layers),
         stored_dtype=settings.stored_dtype,
         mask_padding=settings.mask_padding,
+        quantisation=quantisation_recipe() if settings.stored_dtype == "int8" else {},
     )
     grids = model.grids(settings.window.n_samples(model.spec.sample_rate_hz))
-    schema = schema_for(recipe, grids, n_rows=len(table))
-    bank = Path(out)
-    plan = plan_extraction(bank, recipe, schema)
-    device = choose_device(settings.device)
+    schema = schema_for(
+        tuple(recipe.encoder.layer(layer) for layer in recipe.layers),
+        grids,
+        stored_dtype=recipe.stored_dtype,
+        n_clips=len(table),
+    )
+    bank = Path(out).absolute()
     job = ExtractionJob(
-        bank=bank.absolute(),
+        bank=bank,
+        folder=bank,
         audio_root=table.audio_root.absolute(),
         recipe=recipe,
         schema=schema,
         weights=None if weights is None else Path(weights).absolute(),
-        device=device,
-        batch_size=settings.batch_size or (16 if device == "cpu" else 64),
+        # The workers of a scheduler choose for themselves: they may have what this machine lacks.
+        device=settings.device if settings.scheduler else choose_device(settings.device),
         n_decode_threads=settings.n_decode_threads or min(8, os.cpu_count() or 1),
     )
-    return _fit_to_bank(Extraction(plan, table, job, _attributes(table, job)), settings.batch_size)
+    plan = plan_extraction(bank, recipe, schema)
+    finish_growth(bank)
+    return fit_to_bank(Extraction(plan, table, table.clips, job, settings.batch_size))
 
 
-def _attributes(table: ClipTable, job: ExtractionJob) -> Json:
-    packages = ("patchbank", "torch", "torchaudio", "zarr", "numpy")
-    extraction = {
-        "batch_size": job.batch_size,
-        "device": job.device.split(":")[0],
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-    }
-    return bank_attributes(job.recipe, job.schema, table.clips, extraction)
-
-
-def _fit_to_bank(extraction: Extraction, batch_size: int | None) -> Extraction:
-    """Takes over the batch size of a bank that exists, or refuses a bank that is another one."""
-    bank = extraction.job.bank
+def fit_to_bank(extraction: Extraction) -> Extraction:
+    """What is left to do at a bank that exists, or a refusal where it is another one."""
+    bank = extraction.bank
     if not (bank / "zarr.json").is_file():
         if bank.exists():
             raise PatchbankError(f"{bank} exists and is no bank; choose another --out or remove it")
         return extraction
-    card = read_attributes(bank)["card"]
-    expected, found = extraction.job.recipe.identity(), recipe_of_card(card)
+    extraction = _with_recipe_of(read_attributes(bank)["card"], extraction)
+    if (bank / SEAL).is_file():
+        return _fit_to_sealed(extraction, open_bank(bank))
+    _check_same_rows(bank, read_attributes(bank)["card"], extraction)
+    return extraction
+
+
+def _with_recipe_of(card: Json, extraction: Extraction) -> Extraction:
+    """Takes over the constants that a bank was calibrated with; refuses another recipe."""
+    bank, recipe = extraction.bank, extraction.job.recipe
+    expected, found = recipe.identity(), recipe_of_card(card)
+    constants = found["quantisation"].get("constants_sha256")
+    if constants is not None and expected["quantisation"]:
+        quantisation = recipe.quantisation | {"constants_sha256": constants}
+        recipe = replace(recipe, quantisation=quantisation)
+        expected = recipe.identity()
     if found != expected:
         raise BankMismatch(
             f"{bank} holds other tokens than this command makes; choose another --out",
             differing_fields(found, expected),
         )
-    _check_same_rows(bank, card, extraction)
     begun_with = int(card["extraction"]["batch_size"])
-    if batch_size not in (None, begun_with):
+    if extraction.batch_size not in (None, begun_with):
         raise BankMismatch(
             f"{bank} was begun with another batch size, which tokens depend on in the last bits",
-            {"extraction.batch_size": (begun_with, batch_size)},
+            {"extraction.batch_size": (begun_with, extraction.batch_size)},
         )
-    return replace(extraction, job=replace(extraction.job, batch_size=begun_with))
+    return replace(
+        extraction,
+        batch_size=begun_with,
+        job=replace(extraction.job, recipe=recipe),
+        plan=replace(extraction.plan, recipe=recipe),
+    )
 
 
 def _check_same_rows(bank: Path, card: Json, extraction: Extraction) -> None:
-    clips = extraction.table.clips
+    """Refuses a bank that was begun over another table than this one."""
+    clips = extraction.clips
     if card["rows_sha256"] != rows_digest(clips):
+        n_clips = sum(card["generations"])
         raise BankMismatch(
-            f"{bank} was begun over another clip table; choose another --out",
-            {"n_rows": (card["n_rows"], len(clips))}
-            if card["n_rows"] != len(clips)
+            f"{bank} was begun over another clip table; finish it with that one, or choose "
+            "another --out",
+            {"n_clips": (n_clips, len(clips))}
+            if n_clips != len(clips)
             else {"rows_sha256": (card["rows_sha256"][:12], rows_digest(clips)[:12])},
         )
     if schema_of_card(card) != extraction.plan.schema:
@@ -168,16 +208,42 @@ def _check_same_rows(bank: Path, card: Json, extraction: Extraction) -> None:
         )
 
 
+def _fit_to_sealed(extraction: Extraction, bank: Bank) -> Extraction:
+    """Nothing is left to do, or a growth by the clips that the bank lacks."""
+    known = table_of(bank.clips)
+    added = added_clips(known, extraction.clips, bank=bank.path)
+    schema = bank.schema
+    if not len(added):
+        job = replace(extraction.job, schema=schema)
+        done = plan_extraction(bank.path, job.recipe, schema, first_shard=schema.n_shards)
+        return replace(extraction, plan=done, clips=known, job=job)
+    schema = replace(schema, generations=(*schema.generations, len(added)))
+    folder = next_folder(bank.path)
+    job = replace(extraction.job, schema=schema, folder=folder)
+    plan = plan_extraction(folder, job.recipe, schema, first_shard=bank.schema.n_shards)
+    growing = replace(
+        extraction,
+        plan=plan,
+        clips=pa.concat_tables([known, added.cast(known.schema)]),
+        job=job,
+        grows=bank,
+    )
+    if (folder / "zarr.json").is_file():
+        _check_same_rows(bank.path, read_attributes(folder)["card"], growing)
+    return growing
+
+
 def _check_committed_rows(extraction: Extraction) -> None:
     """Refuses a bank in which a committed shard holds other clips than this table names there."""
-    bank, missing = extraction.job.bank, set(extraction.plan.missing_shards)
-    for shard in set(range(extraction.plan.schema.n_shards)) - missing:
-        record = read_record(bank, shard_name(shard))
-        expected = rows_digest(_shard_rows(extraction, shard))
+    plan = extraction.plan
+    done = set(range(plan.first_shard, plan.schema.n_shards)) - set(plan.missing_shards)
+    for shard in sorted(done):
+        record = read_record(plan.folder, shard_name(shard))
+        expected = rows_digest(_shard_clips(extraction, shard))
         if record is not None and record["rows_sha256"] != expected:
             raise BankCorrupt(
-                f"shard {shard_name(shard)} of {bank} holds other clips than the table; remove "
-                f"commits/{shard_name(shard)}.json and run the same command again"
+                f"shard {shard_name(shard)} of {plan.folder} holds other clips than the table; "
+                f"remove commits/{shard_name(shard)}.json and run the same command again"
             )
 
 
@@ -197,20 +263,6 @@ def choose_layers(encoder: Encoder, layers: str | tuple[int, ...]) -> tuple[int,
     return tuple(sorted({int(layer) for layer in layers}))
 
 
-def choose_device(device: str) -> str:
-    """`device`, with "auto" resolved; `EncoderError` where it is not there."""
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=device).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise EncoderError(f"no device {device!r} here ({reason}); use --device cpu") from error
-    return device
-
-
 def run(
     extraction: Extraction,
     *,
@@ -218,29 +270,138 @@ def run(
     progress: Callable[[Progress], None] | None = None,
 ) -> Bank:
     """Does what is left of an extraction and seals the bank."""
-    bank, plan = extraction.job.bank, extraction.plan
-    if not (bank / SEAL).is_file():
-        bank.parent.mkdir(parents=True, exist_ok=True)
-        if (bank / "zarr.json").is_file():
-            recover(bank)
-        # What recovery freed, and the shards that it gave back, count.
-        plan = plan_extraction(bank, plan.recipe, plan.schema)
-        plan.check_space()
-        create_skeleton(bank, plan.schema, extraction.attributes)
-        # Another process may have begun a bank here since this one was prepared.
-        extraction = _fit_to_bank(replace(extraction, plan=plan), None)
-        _check_committed_rows(extraction)
-        n_clips = sum(len(plan.schema.rows_of(shard)) for shard in plan.missing_shards)
-        state = Progress(n_clips)
-        for report in _run_shards(extraction, scheduler):
-            n_failed = state.n_failed + report.n_failed
-            state = Progress(n_clips, state.n_done + report.n_done, n_failed)
-            if progress is not None:
-                progress(state)
+    try:
+        return _run(extraction, scheduler=scheduler, progress=progress)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise PatchbankError(
+            f"no space left for {extraction.bank}: free some and run the same command again; what "
+            "is committed is not done again"
+        ) from error
+
+
+def _run(
+    extraction: Extraction, *, scheduler: str | None, progress: Callable[[Progress], None] | None
+) -> Bank:
+    bank = extraction.bank
+    # Another process may have begun, finished or grown a bank here since this one was prepared.
+    extraction = fit_to_bank(extraction)
+    if extraction.grows is None and (bank / SEAL).is_file():
+        seal_bank(bank, extraction.plan.schema, recipe_id=extraction.job.recipe.recipe_id)
+        return open_bank(bank)
+    folder = extraction.plan.folder
+    if (folder / "zarr.json").is_file():
+        recover(folder)
+    bank.parent.mkdir(parents=True, exist_ok=True)
+    # What recovery freed, and the shards that it gave back, count.
+    extraction = _replanned(extraction)
+    extraction.plan.check_space()
+    _check_committed_rows(extraction)
+    has_golden = extraction.grows is not None or (folder / "commits/golden.json").is_file()
+    if extraction.plan.missing_shards or not has_golden:
+        with open_workers(extraction.job, scheduler) as workers:
+            extraction = _begin(extraction, workers)
+            _extract_missing(extraction, workers, progress)
+    if extraction.grows is not None:
+        seal_growth(extraction.grows, extraction.plan.schema)
     else:
-        _fit_to_bank(extraction, None)
-    seal_bank(bank, plan.schema, recipe_id=read_attributes(bank)["recipe_id"])
+        seal_bank(bank, extraction.plan.schema, recipe_id=extraction.job.recipe.recipe_id)
     return open_bank(bank)
+
+
+def _replanned(extraction: Extraction) -> Extraction:
+    plan = extraction.plan
+    fresh = plan_extraction(plan.folder, plan.recipe, plan.schema, first_shard=plan.first_shard)
+    return replace(extraction, plan=fresh)
+
+
+def _begin(extraction: Extraction, workers: Workers) -> Extraction:
+    """The skeleton of a bank or of a growth, and the golden clip, where they are not there yet."""
+    bank, folder = extraction.bank, extraction.plan.folder
+    if extraction.grows is not None:
+        if not (folder / "zarr.json").is_file():
+            folder.parent.mkdir(exist_ok=True)
+            create_skeleton(folder, extraction.plan.schema, _grown_attributes(extraction))
+        return extraction
+    if not (bank / "zarr.json").is_file():
+        here = workers.environment()
+        batch_size = extraction.batch_size or default_batch_size(here["device"])
+        constants = _calibrate(extraction, workers, batch_size)
+        recipe = extraction.job.recipe
+        if constants:
+            recipe = replace(recipe, quantisation=quantisation_recipe(constants))
+        attributes = bank_attributes(
+            recipe, extraction.plan.schema, extraction.clips, {"batch_size": batch_size, **here}
+        )
+        arrays = {layer: value.arrays() for layer, value in constants.items()}
+        create_skeleton(bank, extraction.plan.schema, attributes, arrays)
+        # Another process may have been faster, with other settings.
+        extraction = _replanned(fit_to_bank(extraction))
+    workers.golden()
+    return extraction
+
+
+def _grown_attributes(extraction: Extraction) -> Json:
+    assert extraction.grows is not None
+    schema = extraction.plan.schema
+    return attributes_of_card(
+        extraction.grows.card
+        | {
+            "n_rows": schema.n_rows,
+            "generations": list(schema.generations),
+            "rows_sha256": rows_digest(extraction.clips),
+        }
+    )
+
+
+def _calibrate(
+    extraction: Extraction, workers: Workers, batch_size: int
+) -> dict[int, ChannelConstants]:
+    """Channel constants of a quantised bank, from clips that a seed draws."""
+    if not extraction.plan.schema.stored.is_quantised:
+        return {}
+    order = np.random.default_rng(CALIBRATION_SEED).permutation(len(extraction.clips))
+    chosen = np.sort(order[:CALIBRATION_CLIPS])
+    return workers.calibrate(
+        extraction.clips.take(chosen), extraction.job.recipe.layers, batch_size
+    )
+
+
+def _extract_missing(
+    extraction: Extraction, workers: Workers, progress: Callable[[Progress], None] | None
+) -> None:
+    plan = extraction.plan
+    extraction_facts = read_attributes(plan.folder)["card"]["extraction"]
+    shards = {shard: _shard_clips(extraction, shard) for shard in _in_order(plan)}
+    state = Progress(sum(len(clips) for clips in shards.values()))
+    for report in workers.extract(shards, extraction_facts):
+        n_failed = state.n_failed + report.n_failed
+        state = replace(state, n_done=state.n_done + report.n_done, n_failed=n_failed)
+        if progress is not None:
+            progress(state)
+
+
+def _in_order(plan: ExtractionPlan) -> list[int]:
+    """Missing shards; where other processes work on the bank, they come in another order.
+
+    So two runs on one bank share the work instead of doing the same shards side by side.
+    """
+    names = live_attempts(plan.folder)
+    alive = {shard for shard in plan.missing_shards if shard_name(shard) in names}
+    if not alive:
+        return list(plan.missing_shards)
+    free = [shard for shard in plan.missing_shards if shard not in alive]
+    return [*np.random.default_rng().permutation(free).tolist(), *sorted(alive)]
+
+
+def _shard_clips(extraction: Extraction, shard: int) -> pa.Table:
+    clips = extraction.plan.schema.clips_of(shard)
+    # A slice shares its table's memory; building it anew keeps just these rows for the journey.
+    return pa.Table.from_pylist(
+        extraction.clips.slice(clips.start, len(clips)).to_pylist(),
+        schema=extraction.clips.schema,
+    )
 
 
 def extract(
@@ -255,8 +416,9 @@ def extract(
 ) -> Bank:
     """Encodes every clip of `source` into the bank `out`, or finishes what an earlier call began.
 
-    A clip that cannot be decoded is recorded as failed and never stops the run. Equal settings,
-    device and versions end with the same seal, however often the run was killed.
+    Where a sealed bank holds some of the clips, only the others are encoded and added. A clip that
+    cannot be decoded is recorded as failed and never stops the run. Equal settings, device and
+    versions end with the same seal, however often the run was killed.
     """
     extraction = prepare(
         source,
@@ -267,83 +429,3 @@ def extract(
         settings=settings,
     )
     return run(extraction, scheduler=settings.scheduler, progress=progress)
-
-
-class _ExtractionPlugin(WorkerPlugin):
-    """Keeps one encoder alive in a worker, for all its shard tasks."""
-
-    def __init__(self, job: ExtractionJob) -> None:
-        self._job = job
-        self.extractor: ShardExtractor | None = None
-
-    def setup(self, worker: Any) -> None:
-        self.extractor = ShardExtractor(self._job)
-
-    def teardown(self, worker: Any) -> None:
-        if self.extractor is not None:
-            self.extractor.close()
-
-
-def _extractor(plugin_name: str) -> ShardExtractor:
-    plugin = get_worker().plugins[plugin_name]
-    assert isinstance(plugin, _ExtractionPlugin)
-    assert plugin.extractor is not None
-    return plugin.extractor
-
-
-def _extract_shard(plugin_name: str, shard: int, clips: pa.Table) -> ShardReport:
-    return _extractor(plugin_name).extract(shard, clips)
-
-
-def _extract_golden(plugin_name: str) -> None:
-    _extractor(plugin_name).golden()
-
-
-def _run_shards(extraction: Extraction, scheduler: str | None) -> Iterator[ShardReport]:
-    # A scheduler may serve several extractions: each has a plugin of its own.
-    plugin = f"patchbank-{uuid.uuid4().hex}"
-    with _client(scheduler) as client:
-        client.register_plugin(_ExtractionPlugin(extraction.job), name=plugin)
-        try:
-            client.submit(_extract_golden, plugin, pure=False).result()
-            futures = [
-                client.submit(
-                    _extract_shard, plugin, shard, _shard_rows(extraction, shard), pure=False
-                )
-                for shard in extraction.plan.missing_shards
-            ]
-            for future in as_completed(futures, loop=client.loop):
-                yield future.result()
-                future.release()
-        finally:
-            client.unregister_worker_plugin(plugin)
-
-
-def _shard_rows(extraction: Extraction, shard: int) -> pa.Table:
-    rows = extraction.plan.schema.rows_of(shard)
-    # A slice shares its table's memory; combining copies just these rows for the journey.
-    return pa.Table.from_pylist(
-        extraction.table.clips.slice(rows.start, len(rows)).to_pylist(),
-        schema=extraction.table.clips.schema,
-    )
-
-
-@contextmanager
-def _client(scheduler: str | None) -> Iterator[Client]:
-    if scheduler is not None:
-        with Client(scheduler, set_as_default=False) as client:
-            yield client
-        return
-    with (
-        LocalCluster(
-            n_workers=1,
-            threads_per_worker=SHARDS_PER_WORKER,
-            processes=False,
-            # The default would listen on every interface of the machine.
-            dashboard_address="127.0.0.1:0",
-            worker_dashboard_address="127.0.0.1:0",
-            silence_logs=50,
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
-        yield client

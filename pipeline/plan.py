@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from patchbank.pipeline.bank.card import attributes_of_card, layers_of_schema
 from patchbank.pipeline.bank.commit import committed_names, shard_name
+from patchbank.pipeline.bank.identity import rows_digest
 from patchbank.pipeline.bank.layout import rows_per_shard
-from patchbank.pipeline.bank.schema import FORMAT_VERSION, POOLED, BankSchema
+from patchbank.pipeline.bank.schema import BankSchema
 from patchbank.pipeline.errors import PatchbankError
-from patchbank.pipeline.specs import Grid, Json, Recipe, digest
+from patchbank.pipeline.specs import Grid, Json, LayerSpec, Recipe, StoredDType
 
 SPARE_BYTES = 64 * 2**20
 """Room for parts, records and the file system's own needs."""
@@ -27,9 +26,12 @@ SPARE_BYTES = 64 * 2**20
 class ExtractionPlan:
     """The work that a table and a recipe amount to, and what of it is left."""
 
-    bank: Path
+    folder: Path
+    """Where shards are committed: the bank, or a growth's folder inside it."""
     recipe: Recipe
     schema: BankSchema
+    first_shard: int
+    """Shards before it lie in a sealed bank that grows."""
     missing_shards: tuple[int, ...]
     total_bytes: int
     missing_bytes: int
@@ -37,12 +39,19 @@ class ExtractionPlan:
 
     def check_space(self) -> None:
         """Refuses a disk that is too small for what is left to write."""
-        needed = self.missing_bytes + SPARE_BYTES
-        if self.missing_shards and needed > self.free_bytes:
-            raise PatchbankError(
-                f"{self.bank} needs {human_bytes(needed)} more, {human_bytes(self.free_bytes)} are "
-                "free there; choose fewer --layers, a smaller --dtype or another disk for --out"
-            )
+        if self.missing_shards:
+            check_space(self.folder, self.missing_bytes, free_bytes=self.free_bytes)
+
+
+def check_space(folder: Path, n_bytes: int, *, free_bytes: int | None = None) -> None:
+    """Raises `PatchbankError` where `n_bytes` more do not fit onto the disk of `folder`."""
+    free = free_bytes_at(folder) if free_bytes is None else free_bytes
+    needed = n_bytes + SPARE_BYTES
+    if needed > free:
+        raise PatchbankError(
+            f"{folder} needs {human_bytes(needed)} more, {human_bytes(free)} are "
+            "free there; choose fewer --layers, a smaller --dtype or another disk for --out"
+        )
 
 
 def human_bytes(n_bytes: float) -> str:
@@ -54,94 +63,81 @@ def human_bytes(n_bytes: float) -> str:
     return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.3g} {unit}"
 
 
-def schema_for(recipe: Recipe, grids: Mapping[int, Grid], *, n_rows: int) -> BankSchema:
-    """Shapes and sharding of the bank of `n_rows` clips under a recipe."""
-    specs = tuple(recipe.encoder.layer(layer) for layer in recipe.layers)
-    dtype: np.dtype[Any] = np.dtype(recipe.stored_dtype)
-    chosen = {layer: grids[layer] for layer in recipe.layers}
-    arrays = BankSchema(n_rows, 1, specs, chosen, dtype).arrays()
+def schema_for(
+    specs: tuple[LayerSpec, ...],
+    grids: Mapping[int, Grid],
+    *,
+    stored_dtype: StoredDType,
+    n_clips: int,
+) -> BankSchema:
+    """Shapes and sharding of the bank of `n_clips` clips that is made at once."""
+    chosen = {spec.layer: grids[spec.layer] for spec in specs}
+    arrays = BankSchema((n_clips,), 1, specs, chosen, stored_dtype).arrays()
     rows = rows_per_shard(
-        n_rows=n_rows,
+        n_rows=n_clips,
         largest_row_bytes=max(array.row_bytes for array in arrays),
         files_per_shard=len(arrays) + 1,
     )
-    return BankSchema(n_rows, rows, specs, chosen, dtype)
+    return BankSchema((n_clips,), rows, specs, chosen, stored_dtype)
 
 
-def plan_extraction(bank: Path, recipe: Recipe, schema: BankSchema) -> ExtractionPlan:
-    """Compares the work with what the bank folder holds already; reads no audio."""
-    done = committed_names(bank)
-    missing = tuple(s for s in range(schema.n_shards) if shard_name(s) not in done)
-    pooled = 4 * (len(POOLED) * sum(spec.dim for spec in schema.layers) + len(schema.layers))
-    per_row = schema.token_bytes() / schema.n_rows + 2 * pooled
-    n_missing = sum(len(schema.rows_of(shard)) for shard in missing)
+def plan_extraction(
+    folder: Path, recipe: Recipe, schema: BankSchema, *, first_shard: int = 0
+) -> ExtractionPlan:
+    """Compares the work with what `folder` holds already; reads no audio."""
+    done = committed_names(folder)
+    shards = range(first_shard, schema.n_shards)
+    missing = tuple(shard for shard in shards if shard_name(shard) not in done)
+    # A growth writes the small arrays of the rows that were there, too.
+    n_before = first_shard * schema.rows_per_shard
+    again = n_before * _small_row_bytes(schema) if missing else 0
     return ExtractionPlan(
-        bank=bank,
+        folder=folder,
         recipe=recipe,
         schema=schema,
+        first_shard=first_shard,
         missing_shards=missing,
-        total_bytes=int(per_row * schema.n_rows),
-        missing_bytes=int(per_row * n_missing),
-        free_bytes=shutil.disk_usage(_existing_parent(bank)).free,
+        total_bytes=bank_bytes(schema, range(schema.n_shards)),
+        missing_bytes=bank_bytes(schema, missing) + again,
+        free_bytes=free_bytes_at(folder),
     )
 
 
-def _existing_parent(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
+def bank_bytes(schema: BankSchema, shards: range | tuple[int, ...]) -> int:
+    """Bytes that some shards take: their files, and their rows in the small arrays.
+
+    The latter twice, because parts and assembled arrays lie side by side at the seal.
+    """
+    n_rows = sum(len(schema.rows_of(shard)) for shard in shards)
+    tokens = sum(schema.shard_bytes(shard) for shard in shards)
+    return tokens + 2 * n_rows * _small_row_bytes(schema)
 
 
-def rows_digest(clips: pa.Table) -> str:
-    """SHA-256 over the planned rows, user columns included."""
-    hasher = hashlib.sha256()
-    for name in clips.column_names:
-        # User columns may hold dates, bytes or NaN, which have no JSON of their own.
-        column = [name, clips[name].to_pylist()]
-        hasher.update(json.dumps(column, separators=(",", ":"), default=str).encode())
-    return hasher.hexdigest()
+def _small_row_bytes(schema: BankSchema) -> int:
+    return sum(
+        np.dtype(array.dtype).itemsize * int(np.prod(array.row_shape, dtype=np.int64))
+        for array in schema.small_arrays()
+    )
+
+
+def free_bytes_at(folder: Path) -> int:
+    """Free bytes on the disk where `folder` is, or will be."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def bank_attributes(recipe: Recipe, schema: BankSchema, clips: pa.Table, extraction: Json) -> Json:
-    """The attributes of a bank's root group: format, identities and card."""
-    identity = recipe.identity()
-    layers = {
-        str(spec.layer): {
-            "meaning": spec.meaning,
-            "dim": spec.dim,
-            "n_prefix": spec.n_prefix,
-            "grid": asdict(schema.grids[spec.layer]),
-        }
-        for spec in schema.layers
-    }
-    card = identity | {
-        "layers": layers,
+    """The attributes of a new bank's root group: format, identities and card."""
+    card = recipe.identity() | {
+        "layers": layers_of_schema(schema),
         "n_rows": schema.n_rows,
+        "generations": list(schema.generations),
         "rows_per_shard": schema.rows_per_shard,
         "rows_sha256": rows_digest(clips),
         "licence": recipe.encoder.licence,
         "source": recipe.encoder.source,
         "extraction": extraction,
     }
-    return {
-        "patchbank_format": FORMAT_VERSION,
-        "encoder_id": digest(identity["encoder"]),
-        "recipe_id": recipe.recipe_id,
-        "card": card,
-    }
-
-
-def recipe_of_card(card: Json) -> Json:
-    """The recipe's identity as a bank's card tells it."""
-    fields = (
-        "encoder",
-        "window",
-        "stored_dtype",
-        "compute_dtype",
-        "mask_padding",
-        "quantisation",
-    )
-    return {field: card[field] for field in fields} | {
-        "layers": sorted(int(layer) for layer in card["layers"])
-    }
+    return attributes_of_card(card)

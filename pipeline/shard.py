@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import io
+import socket
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float32, Shaped
 
-from patchbank.pipeline.audio import DecodedClip, decode_clip
+from patchbank.pipeline.audio import DecodedClip, decode_clip, fit_to_encoder
+from patchbank.pipeline.bank.card import read_attributes
 from patchbank.pipeline.bank.commit import commit, open_attempt, read_record, shard_name
+from patchbank.pipeline.bank.identity import rows_digest
 from patchbank.pipeline.bank.parts import RowFacts, part_path, part_table
-from patchbank.pipeline.bank.schema import BankSchema
+from patchbank.pipeline.bank.quantised import (
+    ChannelConstants,
+    ChannelStatistics,
+    load_constants,
+)
+from patchbank.pipeline.bank.schema import POOLED, BankSchema, TokenArray
 from patchbank.pipeline.bank.writer import (
     FileRecord,
     RowDigest,
@@ -29,10 +38,19 @@ from patchbank.pipeline.bank.writer import (
     write_durably,
 )
 from patchbank.pipeline.encoders import load_encoder
-from patchbank.pipeline.errors import AudioError, BankMismatch, EncoderError
-from patchbank.pipeline.golden import golden_waveform, write_golden
-from patchbank.pipeline.plan import rows_digest
-from patchbank.pipeline.specs import Recipe, differing_fields
+from patchbank.pipeline.encoders.base import TokenMap
+from patchbank.pipeline.environment import choose_device, environment
+from patchbank.pipeline.errors import (
+    AudioError,
+    BankError,
+    BankMismatch,
+    EncoderError,
+    ManifestError,
+    Problem,
+)
+from patchbank.pipeline.golden import GOLDEN_RATE_HZ, golden_frames, write_golden
+from patchbank.pipeline.sound_file import FILE_IS_GONE
+from patchbank.pipeline.specs import Json, Recipe, differing_fields
 from patchbank.pipeline.tokens import StoredTokens, counted_patches, store_tokens
 
 READ_AHEAD_BATCHES = 2
@@ -43,12 +61,13 @@ class ExtractionJob:
     """All that a worker needs besides the rows; it travels to the workers."""
 
     bank: Path
+    folder: Path
+    """Where shards are committed: the bank, or a growth's folder inside it."""
     audio_root: Path
     recipe: Recipe
     schema: BankSchema
     weights: Path | None
     device: str
-    batch_size: int
     n_decode_threads: int
 
 
@@ -73,8 +92,11 @@ class ShardExtractor:
 
     def __init__(self, job: ExtractionJob) -> None:
         self._job = job
+        if not job.audio_root.is_dir():
+            raise ManifestError([_not_seen(job.audio_root, "--audio-root")])
+        self._device = choose_device(job.device)
         self._encoder = load_encoder(
-            job.recipe.encoder.name, weights=job.weights, device=job.device
+            job.recipe.encoder.name, weights=job.weights, device=self._device
         )
         found, expected = self._encoder.spec.identity(), job.recipe.encoder.identity()
         if found != expected:
@@ -90,46 +112,125 @@ class ShardExtractor:
     def _n_samples(self) -> int:
         return self._job.recipe.window.n_samples(self._job.recipe.encoder.sample_rate_hz)
 
+    @cached_property
+    def _constants(self) -> dict[int, ChannelConstants]:
+        """Of the layers of a quantised bank; they lie in it before its first shard."""
+        if not self._job.schema.stored.is_quantised:
+            return {}
+        card = read_attributes(self._job.bank)["card"]
+        layers = self._job.recipe.layers
+        return {layer: load_constants(self._job.bank, card, layer) for layer in layers}
+
     def close(self) -> None:
         self._decoders.shutdown(cancel_futures=True)
 
+    def environment(self) -> Json:
+        """What this worker computes with."""
+        return environment(self._device)
+
+    def calibrate(
+        self, clips: pa.Table, layers: tuple[int, ...], batch_size: int
+    ) -> dict[int, ChannelConstants]:
+        """Channel constants of `layers` over all patches of `clips`; failed clips are left out."""
+        statistics = {
+            layer: ChannelStatistics(self._encoder.spec.layer(layer).dim) for layer in layers
+        }
+        for batch in self._decoded_batches(clips, batch_size):
+            good = [clip.waveform for clip in batch if isinstance(clip, DecodedClip)]
+            if not good:
+                continue
+            for layer, tokens in self._encode(np.stack(good)).items():
+                flat = tokens.patches.float().flatten(0, 1).cpu().numpy()
+                statistics[layer].add(flat[np.isfinite(flat).all(1)])
+        try:
+            return {layer: statistic.constants() for layer, statistic in statistics.items()}
+        except ValueError as error:
+            raise EncoderError(
+                f"none of {len(clips)} clips gave tokens to calibrate with; check the audio and "
+                "--audio-root, or store another --dtype"
+            ) from error
+
     def golden(self) -> None:
         """Commits the golden clip's tokens, where no other process has."""
-        if read_record(self._job.bank, "golden") is not None:
+        folder, recipe = self._job.folder, self._job.recipe
+        self._check_visible()
+        if read_record(folder, "golden") is not None:
             return
-        waveform = golden_waveform(self._n_samples)
-        stored = self._encode(waveform[None], [None])
-        for suffix, tokens in stored.items():
-            if tokens.failures[0]:
+        frames = golden_frames(recipe.window.window_s)
+        waveform, _ = fit_to_encoder(
+            frames,
+            GOLDEN_RATE_HZ,
+            window=recipe.window,
+            sample_rate_hz=recipe.encoder.sample_rate_hz,
+        )
+        maps = self._encode(waveform[None])
+        tokens = {
+            array.column_suffix: _tokens(maps, array)[0].float().cpu().numpy()
+            for array in self._job.schema.arrays()
+        }
+        for suffix, values in tokens.items():
+            if not np.isfinite(values).all():
                 raise EncoderError(
-                    f"golden clip, layer {suffix.replace('_', ' ')}: {tokens.failures[0]}; "
-                    "check the weights, or store another --dtype"
+                    f"golden clip, layer {suffix.replace('_', ' ')}: token values are NaN or "
+                    "infinite; check the weights"
                 )
-        with open_attempt(self._job.bank, "golden") as attempt:
-            write_golden(attempt, waveform, {key: value.tokens for key, value in stored.items()})
+        with open_attempt(folder, "golden") as attempt:
+            write_golden(attempt, frames, waveform, tokens)
             paths = sorted(path for path in (attempt / "golden").rglob("*") if path.is_file())
             files = [hash_file(path, relative_to=attempt) for path in paths]
-            commit(self._job.bank, attempt, "golden", files, {})
+            commit(folder, attempt, "golden", files, {})
 
-    def extract(self, shard: int, clips: pa.Table) -> ShardReport:
-        """Decodes, encodes, writes and commits the rows of one shard."""
-        with open_attempt(self._job.bank, shard_name(shard)) as attempt:
-            return self._extract(attempt, shard, clips)
+    def extract(self, shard: int, clips: pa.Table, extraction: Json) -> ShardReport:
+        """Decodes, encodes, writes and commits the rows of one shard.
 
-    def _extract(self, attempt: Path, shard: int, clips: pa.Table) -> ShardReport:
+        A shard that another process has committed meanwhile is left alone. `extraction` is what the
+        bank's card says of the run: its batch size, and what it was begun with.
+        """
+        if (report := self._committed(shard)) is not None:
+            return report
+        self._check_visible()
+        try:
+            with open_attempt(self._job.folder, shard_name(shard)) as attempt:
+                return self._extract(attempt, shard, clips, extraction)
+        except FileNotFoundError:
+            # A faster process that sealed the bank removes the attempts of the others.
+            report = self._committed(shard)
+            if report is None:
+                raise
+            return report
+
+    def _check_visible(self) -> None:
+        if not (self._job.folder / "zarr.json").is_file():
+            raise BankError(
+                f"{socket.gethostname()} sees no bank at {self._job.folder}: --out must lie on a "
+                "disk that all workers share, under the same path"
+            )
+
+    def _committed(self, shard: int) -> ShardReport | None:
+        # A growth that another process has finished lies in the bank itself.
+        for folder in {self._job.folder, self._job.bank}:
+            record = read_record(folder, shard_name(shard))
+            if record is not None:
+                return ShardReport(shard, record["n_done"], record["n_failed"])
+        return None
+
+    def _extract(self, attempt: Path, shard: int, clips: pa.Table, extraction: Json) -> ShardReport:
         facts: list[RowFacts] = []
         with ExitStack() as stack:
             writers = self._open_writers(stack, attempt, shard)
-            for decoded in self._decoded_batches(clips):
+            for decoded in self._decoded_batches(clips, int(extraction["batch_size"])):
                 facts.extend(self._write_batch(decoded, writers))
             files = [writer.finish() for writer in writers.values()]
         self._refuse_hopeless(facts)
         table = part_table(clips, facts, self._job.schema)
-        files.append(_write_part(attempt, shard, table))
+        files.append(write_part(attempt, shard, table))
         n_failed = sum(fact.failure is not None for fact in facts)
         n_done = len(facts) - n_failed
-        counts = {"n_done": n_done, "n_failed": n_failed, "rows_sha256": rows_digest(clips)}
-        commit(self._job.bank, attempt, shard_name(shard), files, counts)
+        record: Json = {"n_done": n_done, "n_failed": n_failed, "rows_sha256": rows_digest(clips)}
+        here = self.environment()
+        if here != {key: value for key, value in extraction.items() if key != "batch_size"}:
+            record["extraction"] = here
+        commit(self._job.folder, attempt, shard_name(shard), files, record)
         return ShardReport(shard, n_done, n_failed)
 
     def _open_writers(
@@ -145,10 +246,9 @@ class ShardExtractor:
             writers[array.column_suffix] = stack.enter_context(writer)
         return writers
 
-    def _decoded_batches(self, clips: pa.Table) -> Iterator[list[Decoded]]:
+    def _decoded_batches(self, clips: pa.Table, size: int) -> Iterator[list[Decoded]]:
         """Decoded clips, a batch at a time, with `READ_AHEAD_BATCHES` batches under way."""
         rows = clips.select(["path", "start_s", "duration_s"]).to_pylist()
-        size = self._job.batch_size
         waiting: deque[list[Future[Decoded]]] = deque()
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
@@ -180,31 +280,35 @@ class ShardExtractor:
         n_audio = [
             None if isinstance(clip, AudioError) else clip.n_audio_samples for clip in decoded
         ]
-        stored = self._encode(np.stack(waveforms), n_audio)
+        stored = self._store(self._encode(np.stack(waveforms)), n_audio)
         return [self._write_row(i, clip, stored, writers) for i, clip in enumerate(decoded)]
 
-    def _encode(
-        self, waveforms: Float32[np.ndarray, "batch sample"], n_audio: list[int | None]
-    ) -> dict[str, StoredTokens]:
-        recipe = self._job.recipe
+    def _encode(self, waveforms: Float32[np.ndarray, "batch sample"]) -> dict[int, TokenMap]:
         with self._encoding, torch.no_grad():
-            features = self._encoder.frontend(torch.from_numpy(waveforms).to(self._job.device))
-            maps = self._encoder.encode(features, recipe.layers)
-            stored = {}
-            for layer, tokens in maps.items():
-                if tokens.grid != self._grids[layer]:
-                    raise EncoderError(
-                        f"layer {layer}: found grid {tokens.grid}, expected {self._grids[layer]}"
-                    )
-                counted = torch.tensor([self._counted(layer, n) for n in n_audio])
-                stored[f"{layer}"] = store_tokens(
-                    tokens.patches, dtype=recipe.stored_dtype, n_counted=counted
+            features = self._encoder.frontend(torch.from_numpy(waveforms).to(self._device))
+            maps = self._encoder.encode(features, self._job.recipe.layers)
+        for layer, tokens in maps.items():
+            if tokens.grid != self._grids[layer]:
+                raise EncoderError(
+                    f"layer {layer}: found grid {tokens.grid}, expected {self._grids[layer]}"
                 )
-                if tokens.prefix is not None:
-                    every = torch.full((len(n_audio),), tokens.prefix.shape[1])
-                    stored[f"{layer}_prefix"] = store_tokens(
-                        tokens.prefix, dtype=recipe.stored_dtype, n_counted=every
-                    )
+        return maps
+
+    def _store(
+        self, maps: Mapping[int, TokenMap], n_audio: list[int | None]
+    ) -> dict[str, StoredTokens]:
+        stored = {}
+        for array in self._job.schema.arrays():
+            counts = [
+                array.n_tokens if array.kind == "prefix" else self._counted(array.layer, n)
+                for n in n_audio
+            ]
+            stored[array.column_suffix] = store_tokens(
+                _tokens(maps, array),
+                stored=array.stored,
+                n_counted=torch.tensor(counts),
+                constants=self._constants.get(array.layer),
+            )
         return stored
 
     def _counted(self, layer: int, n_audio_samples: int | None) -> int:
@@ -224,26 +328,44 @@ class ShardExtractor:
     ) -> RowFacts:
         failure = _failure(index, clip, stored)
         digests: dict[str, RowDigest] = {}
-        for suffix, writer in writers.items():
-            row = stored[suffix].tokens[index]
-            digests[suffix] = writer.write_row(np.full_like(row, np.nan) if failure else row)
+        for array in self._job.schema.arrays():
+            row = stored[array.column_suffix].tokens[index]
+            row = np.full_like(row, array.stored.fill) if failure else row
+            digests[array.column_suffix] = writers[array.column_suffix].write_row(row)
         n_audio = 0 if isinstance(clip, AudioError) else clip.n_audio_samples
-        layers = self._job.recipe.layers
+        small: dict[str, Shaped[np.ndarray, ...]] = {}
+        for layer in self._job.recipe.layers:
+            tokens = stored[f"{layer}"]
+            n_patches = 0 if failure else self._counted(layer, n_audio)
+            small |= small_values_of(layer, n_patches, tokens, index, failed=failure is not None)
         return RowFacts(
             digests=digests,
-            n_patches={layer: 0 if failure else self._counted(layer, n_audio) for layer in layers},
-            pooled={layer: _pooled(index, stored[f"{layer}"], failure) for layer in layers},
+            small=small,
             audio_sha256=None if isinstance(clip, AudioError) else clip.audio_sha256,
             failure=failure,
         )
 
     def _refuse_hopeless(self, facts: list[RowFacts]) -> None:
-        """Stops the run where the encoder, not the audio, fails on every clip of a shard."""
-        if all(fact.failure and fact.audio_sha256 for fact in facts) and len(facts) > 1:
+        """Stops the run where the encoder or the disk, not the audio, fails on a whole shard."""
+        if len(facts) > 1 and all(fact.failure and fact.audio_sha256 for fact in facts):
             raise EncoderError(
                 f"no clip of a whole shard gave usable tokens (first: {facts[0].failure}); "
                 "check the weights, or store another --dtype"
             )
+        if len(facts) > 1 and all(fact.failure == FILE_IS_GONE for fact in facts):
+            raise ManifestError([_not_seen(self._job.audio_root, "audio")])
+
+
+def _not_seen(audio_root: Path, what: str) -> Problem:
+    message = f"{socket.gethostname()} finds no audio there; every worker needs it under that path"
+    return Problem(str(audio_root), None, None, f"{what}: {message}")
+
+
+def _tokens(maps: Mapping[int, TokenMap], array: TokenArray) -> torch.Tensor:
+    tokens = maps[array.layer].patches if array.kind == "patches" else maps[array.layer].prefix
+    if tokens is None:
+        raise EncoderError(f"layer {array.layer} has no prefix tokens, expected {array.n_tokens}")
+    return tokens
 
 
 def _failure(index: int, clip: Decoded, stored: Mapping[str, StoredTokens]) -> str | None:
@@ -256,15 +378,22 @@ def _failure(index: int, clip: Decoded, stored: Mapping[str, StoredTokens]) -> s
     return None
 
 
-def _pooled(
-    index: int, stored: StoredTokens, failure: str | None
-) -> Float32[np.ndarray, "pool dim"]:
-    pooled = stored.pooled[index]
-    return np.full_like(pooled, np.nan) if failure else pooled
+def small_values_of(
+    layer: int, n_patches: int, stored: StoredTokens, index: int, *, failed: bool
+) -> dict[str, Shaped[np.ndarray, ...]]:
+    """One row of the small arrays of a layer, by their paths."""
+    values: dict[str, Shaped[np.ndarray, ...]] = {"n_patches": np.array(n_patches, np.int32)}
+    values |= dict(zip(POOLED, stored.pooled[index], strict=True))
+    if stored.scale is not None:
+        values["scale"] = stored.scale[index]
+    if failed:
+        values |= {k: np.full_like(v, np.nan) for k, v in values.items() if k != "n_patches"}
+    return {f"layers/{layer}/{name}": value for name, value in values.items()}
 
 
-def _write_part(attempt: Path, shard: int, table: pa.Table) -> FileRecord:
+def write_part(folder: Path, shard: int, table: pa.Table) -> FileRecord:
+    """Writes a shard's part file below `folder`."""
     sink = io.BytesIO()
     pq.write_table(table, sink)
-    write_durably(attempt / part_path(shard), sink.getvalue())
-    return hash_file(attempt / part_path(shard), relative_to=attempt)
+    write_durably(folder / part_path(shard), sink.getvalue())
+    return hash_file(folder / part_path(shard), relative_to=folder)

@@ -12,6 +12,7 @@ import soundfile
 
 from patchbank.pipeline.errors import AudioError
 
+FILE_IS_GONE = "the file is gone; it was there when the clip table was read"
 _BLOCK_FRAMES = 1 << 18
 _ID3_HEADER_BYTES = 10
 _FIRST_FRAME_BYTES = 2048  # longer than any MPEG audio frame
@@ -51,7 +52,7 @@ def _reason(path: Path, error: soundfile.LibsndfileError) -> str:
 
 def _os_reason(error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
-        return "the file is gone; it was there when the clip table was read"
+        return FILE_IS_GONE
     return f"cannot be read: {error.strerror}"
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from patchbank.pipeline.audio import DecodedClip, decode_clip, probe_duration_s
+from patchbank.pipeline.bank.dtypes import STORED_TYPES, prefix_type
 from patchbank.pipeline.encoders.base import Encoder
 from patchbank.pipeline.errors import AudioError
 from patchbank.pipeline.specs import StoredDType, WindowSpec
@@ -95,12 +96,14 @@ class TokenStream:
     def _stored(
         self, tokens: Float[Tensor, "batch token dim"]
     ) -> Float[np.ndarray, "clip token dim"]:
+        """Tokens rounded as the bank's are; those of a quantised bank stand for float16 ones."""
+        type_ = prefix_type(STORED_TYPES[self.stored_dtype])
         every = torch.full((len(tokens),), tokens.shape[1])
-        stored = store_tokens(tokens, dtype=self.stored_dtype, n_counted=every)
+        stored = store_tokens(tokens, stored=type_, n_counted=every)
         for failure in stored.failures:
             if failure is not None:
                 raise AudioError(failure)
-        return stored.tokens
+        return type_.to_float(stored.tokens)
 
 
 def windows_of(path: Path, window: WindowSpec) -> list[Window]:

@@ -1,4 +1,4 @@
-"""From an encoder's output to what a bank stores: checks, cast, pooled vectors."""
+"""From an encoder's output to what a bank stores: checks, cast or codes, pooled vectors."""
 
 from __future__ import annotations
 
@@ -6,51 +6,109 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float, Float32, Int, Int8, Shaped
 from torch import Tensor
 
+from patchbank.pipeline.bank.dtypes import StoredType
+from patchbank.pipeline.bank.quantised import CODE_MAX, ChannelConstants
 from patchbank.pipeline.specs import Grid
 
-TORCH_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+FLOAT_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
 
 
 @dataclass(frozen=True)
 class StoredTokens:
-    """Tokens of a batch in the stored dtype, on the CPU."""
+    """Tokens of a batch in the stored type, on the CPU."""
 
-    tokens: Float[np.ndarray, "batch token dim"]
+    tokens: Shaped[np.ndarray, "batch token dim"]
     pooled: Float32[np.ndarray, "batch pool dim"]
     """Mean, maximum, minimum over the tokens that count, of the stored values, in float32."""
     failures: tuple[str | None, ...]
-    """Why a clip's tokens cannot be stored; its values are then NaN."""
+    """Why a clip's tokens cannot be stored; its values are then the type's fill."""
+    scale: Float[np.ndarray, "batch token"] | None = None
+    """float16, of quantised tokens; NaN where a clip failed."""
 
 
 def store_tokens(
-    tokens: Float[Tensor, "batch token dim"], *, dtype: str, n_counted: Int[Tensor, " batch"]
+    tokens: Float[Tensor, "batch token dim"],
+    *,
+    stored: StoredType,
+    n_counted: Int[Tensor, " batch"],
+    constants: ChannelConstants | None = None,
 ) -> StoredTokens:
-    """Checks a batch of tokens, casts it to `dtype` and pools the first `n_counted` of each clip.
+    """Checks a batch of tokens, brings it into `stored` and pools the first `n_counted` of each.
 
-    NaN, infinities, values beyond the dtype's range and all-zero clips are failures.
+    NaN, infinities, values beyond the type's range and all-zero clips are failures. `constants` are
+    those of a quantised type.
     """
-    stored = tokens.to(TORCH_DTYPES[dtype])
-    failures = _failures(tokens, stored, dtype=dtype)
-    bad = torch.tensor([failure is not None for failure in failures], device=tokens.device)
-    stored[bad] = torch.nan
-    pooled = _pool(stored.float(), n_counted.to(tokens.device))
-    return StoredTokens(stored.cpu().numpy(), pooled.cpu().numpy(), failures)
+    if stored.is_quantised:
+        assert constants is not None
+        return _store_codes(tokens.float(), stored, n_counted, constants)
+    cast = tokens.to(FLOAT_DTYPES[stored.name])
+    # A clip that vanishes in the stored type is as lost as one that was silent in the encoder.
+    failures = _failures(tokens, ~torch.isfinite(cast), cast == 0, dtype=stored.name)
+    bad = _flags(failures, tokens.device)
+    cast[bad] = torch.nan
+    pooled = _pool(cast.float(), n_counted.to(tokens.device))
+    if stored.name == "bfloat16":
+        # NumPy has no bfloat16: its bits.
+        codes = cast.view(torch.int16).cpu().numpy().view("<u2")
+        return StoredTokens(codes, pooled.cpu().numpy(), failures)
+    return StoredTokens(cast.cpu().numpy(), pooled.cpu().numpy(), failures)
+
+
+def _store_codes(
+    tokens: Float32[Tensor, "batch token dim"],
+    stored: StoredType,
+    n_counted: Int[Tensor, " batch"],
+    constants: ChannelConstants,
+) -> StoredTokens:
+    shift = torch.from_numpy(constants.shift).to(tokens.device)
+    channel_scale = torch.from_numpy(constants.scale).to(tokens.device)
+    codes, scale = quantise((tokens - shift) / channel_scale)
+    lost = ~torch.isfinite(scale)[:, :, None]
+    failures = _failures(tokens, lost, tokens == 0, dtype=stored.name)
+    bad = _flags(failures, tokens.device)
+    codes[bad] = int(stored.fill)
+    scale[bad] = torch.nan
+    values = codes.float() * scale.float()[:, :, None] * channel_scale + shift
+    pooled = _pool(values, n_counted.to(tokens.device))
+    return StoredTokens(codes.cpu().numpy(), pooled.cpu().numpy(), failures, scale.cpu().numpy())
+
+
+def quantise(
+    tokens: Float32[Tensor, "batch token dim"],
+) -> tuple[Int8[Tensor, "batch token dim"], Float[Tensor, "batch token"]]:
+    """Codes in [-127, 127] of tokens whose channels have one size, and each token's scale."""
+    # Rounded first: the codes have to fit the scale that is stored.
+    scale = (tokens.abs().amax(2) / CODE_MAX).half()
+    step = scale.float()[:, :, None]
+    codes = torch.where(step > 0, tokens / step, 0.0).round()
+    return codes.clamp(-CODE_MAX, CODE_MAX).to(torch.int8), scale
+
+
+def _flags(failures: tuple[str | None, ...], device: torch.device) -> Bool[Tensor, " batch"]:
+    return torch.tensor([failure is not None for failure in failures], device=device)
 
 
 def _failures(
     tokens: Float[Tensor, "batch token dim"],
-    stored: Float[Tensor, "batch token dim"],
+    lost: Bool[Tensor, "batch token #dim"],
+    zero: Bool[Tensor, "batch token dim"],
     *,
     dtype: str,
 ) -> tuple[str | None, ...]:
-    not_finite = _count(~torch.isfinite(tokens))
-    overflow = _count(torch.isfinite(tokens) & ~torch.isfinite(stored))
-    zero = (stored == 0).flatten(1).all(1).tolist()
+    """Why clips cannot be stored; `lost` marks values that the stored type cannot hold."""
+    finite = torch.isfinite(tokens)
+    not_finite = _count(~finite)
+    overflow = _count(finite & lost)
+    all_zero = zero.flatten(1).all(1).tolist()
     return tuple(
-        _reason(not_finite[i], overflow[i], zero[i], dtype=dtype) for i in range(len(tokens))
+        _reason(not_finite[i], overflow[i], all_zero[i], dtype=dtype) for i in range(len(tokens))
     )
 
 

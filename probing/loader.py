@@ -9,15 +9,17 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from patchbank.pipeline.bank.reader import Bank, RowPlaces
 from patchbank.pipeline.errors import BankError
+from patchbank.probing.decoding import decoder, float_tensor
 from patchbank.probing.plan import BatchRows, batches, sequential
 
 Rows = Int[np.ndarray, " clip"]
-Tokens = Float[np.ndarray, "clip token dim"]
+Tokens = Shaped[np.ndarray, "clip token dim"]
+"""In the stored form: floats, or the codes that stand for them."""
 Mapped = UInt8[np.ndarray, " byte"]
 Tier = Literal["auto", "ram", "map"]
 
@@ -31,7 +33,7 @@ class Batch:
 
     rows: Rows
     patches: Float[Tensor, "clip patch dim"]
-    """In the bank's stored float type."""
+    """Floats: in the bank's stored type, float32 where it is quantised."""
     prefix: Float[Tensor, "clip prefix dim"] | None = None
     n_patches: Int[Tensor, " clip"] | None = None
     """Patches that count, the first of each clip; None where all do."""
@@ -117,7 +119,7 @@ class TokenReader:
             out[slot] = self._row(row)
         return out
 
-    def _row(self, row: int) -> Float[np.ndarray, "token dim"]:
+    def _row(self, row: int) -> Shaped[np.ndarray, "token dim"]:
         array, offset = self._places.array, int(self._places.offset[row])
         mapped = self._shard(self._places.shard_of(row))
         flat = mapped[offset : offset + array.row_bytes].view(array.dtype)
@@ -197,6 +199,7 @@ class BankSource:
             if self.n_prefix
             else None
         )
+        self._decode = decoder(bank, self.layer)
         self._counts = torch.from_numpy(bank.n_patches(self.layer)).long()
         self._done = bank.status == 1
         counted = self._counts[torch.from_numpy(self._done)]
@@ -207,12 +210,12 @@ class BankSource:
         for rows in batches:
             if not self._done[rows].all():
                 row = int(rows[~self._done[rows]][0])
-                raise BankError(f"row {row} has no tokens: its clip failed at extraction")
+                raise BankError(f"row {row} has no tokens: its clip failed, or it is a hole")
             index = torch.from_numpy(rows.astype(np.int64))
             yield Batch(
                 rows,
-                torch.from_numpy(self._patches.read(rows)),
-                None if self._prefix is None else torch.from_numpy(self._prefix.read(rows)),
+                self._decode(self._patches.read(rows), rows),
+                None if self._prefix is None else float_tensor(self._prefix.read(rows)),
                 None if self._all_count else self._counts[index],
             )
 

@@ -15,6 +15,7 @@ from patchbank.pipeline import shard
 from patchbank.pipeline.extraction import ExtractionSettings, extract
 from patchbank.pipeline.specs import WindowSpec
 import patchbank.pipeline.bank.commit as commit_module
+import patchbank.pipeline.bank.assembly as assembly_module
 import patchbank.pipeline.bank.seal as seal_module
 
 table, out, moment = sys.argv[1:]
@@ -31,8 +32,8 @@ def die_at(name, wanted, real):
 
 shard.part_table = die_at("before a commit", 2, shard.part_table)
 commit_module._publish = die_at("after the link", 2, commit_module._publish)
-seal_module._assemble_clips = die_at("while assembling", 1, seal_module._assemble_clips)
-seal_module._write_seal = die_at("before the seal", 1, seal_module._write_seal)
+assembly_module._assemble_clips = die_at("while assembling", 1, assembly_module._assemble_clips)
+seal_module.write_seal = die_at("before the seal", 1, seal_module.write_seal)
 extract(table, encoder="fake", out=out,
         settings=ExtractionSettings(window=WindowSpec(1.0, 1.0), layers="all"))
 """

@@ -11,6 +11,7 @@ from fake_bank import SETTINGS
 from patchbank.cli.main import main
 from patchbank.pipeline.bank import Bank
 from patchbank.pipeline.extraction import extract
+from patchbank.pipeline.plan import human_bytes
 
 SHARD = "layers/1/patches/c.1.0.0"
 
@@ -39,7 +40,7 @@ def test_verify_prints_every_problem_and_leaves_with_1(
     (copy / "extra").write_text("x")
     out, err = said(capsys, "verify", str(copy), status=1)
     assert out.splitlines() == [
-        f"{SHARD}: is missing",
+        f"{SHARD}: is missing; rows 16-31 are lost",
         "extra: is not sealed; only notes/ may hold files that are not",
     ]
     assert f"2 problems found; pull the bank again, or `patchbank bank rm {copy}`" in err
@@ -105,7 +106,8 @@ def test_ls_names_banks_and_reasons_and_passes_over_the_rest(
     assert "no bank at" in by_name["empty.bank"]["error"]
     assert "is damaged" in by_name["old.bank"]["error"]
     out, _ = said(capsys, "ls", str(tmp_path))
-    assert "fake 1,2 float16, 40 clips, 587 KiB" in out
+    size = human_bytes(by_name["copy.bank"]["bytes"])
+    assert f"fake 1,2 float16, 40 clips, {size}" in out
     assert len([line for line in out.splitlines() if " not sealed " in line]) == 1
 
 

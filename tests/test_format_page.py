@@ -23,7 +23,7 @@ from fake_bank import SETTINGS
 from format_reader import FormatReader
 
 from patchbank.pipeline.bank import Bank, layout, open_bank, reader
-from patchbank.pipeline.bank.schema import create_small_array
+from patchbank.pipeline.bank.schema import SmallArray, create_small_array
 from patchbank.pipeline.errors import BankCorrupt
 from patchbank.pipeline.extraction import ExtractionSettings, extract
 from patchbank.pipeline.specs import WindowSpec, canonical_json
@@ -158,7 +158,7 @@ def rows_sha256(clips: pa.Table) -> str:
     names = clips.column_names
     last_digest = max(i for i, name in enumerate(names) if name.startswith("crc32c_"))
     hasher = hashlib.sha256()
-    for name in ["clip_id", "path", "start_s", "duration_s", *names[last_digest + 1 :]]:
+    for name in ["clip_id", "view", "path", "start_s", "duration_s", *names[last_digest + 1 :]]:
         column = [name, clips[name].to_pylist()]
         hasher.update(json.dumps(column, separators=(",", ":"), default=str).encode())
     return hasher.hexdigest()
@@ -305,14 +305,18 @@ def test_a_missing_row_is_refused_where_zarr_reads_nan(two_layers: Path, tmp_pat
 def test_small_arrays_of_several_chunks_are_stored_whole(two_layers: Path, tmp_path: Path) -> None:
     larger = Path(shutil.copytree(two_layers, tmp_path / "larger.bank"))
     values = np.arange(140_000, dtype=np.float32).reshape(70_000, 2)
-    create_small_array(larger, "pooled", values.shape, "float32")[:] = values
-    create_small_array(larger, "counts", (70_000,), "int32")[:] = values[:, 0]
+    pooled = SmallArray(9, "pooled", (2,), "float32", ("clip", "dim"))
+    counts = SmallArray(9, "counts", (), "int32", ("clip",))
+    create_small_array(larger, pooled, 70_000)[:] = values
+    create_small_array(larger, counts, 70_000)[:] = values[:, 0]
     found = FormatReader(larger)
-    np.testing.assert_array_equal(found.array("pooled"), values)
-    np.testing.assert_array_equal(found.array("counts"), values[:, 0])
-    beyond = np.frombuffer((larger / "pooled/c.1.0").read_bytes(), "<f4").reshape(65_536, 2)[4_464:]
+    np.testing.assert_array_equal(found.array("layers/9/pooled"), values)
+    np.testing.assert_array_equal(found.array("layers/9/counts"), values[:, 0])
+    beyond = np.frombuffer((larger / "layers/9/pooled/c.1.0").read_bytes(), "<f4").reshape(
+        65_536, 2
+    )[4_464:]
     assert np.isnan(beyond).all()
-    assert (np.frombuffer((larger / "counts/c.1").read_bytes(), "<i4")[4_464:] == -1).all()
+    assert (np.frombuffer((larger / "layers/9/counts/c.1").read_bytes(), "<i4")[4_464:] == -1).all()
 
 
 def test_what_a_newer_version_may_add_stays_readable(two_layers: Path, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def test_a_bare_path_column_is_enough(root: Path) -> None:
     assert read.clips.schema == pa.schema(
         {
             "clip_id": pa.string(),
+            "view": pa.int16(),
             "path": pa.string(),
             "start_s": pa.float64(),
             "duration_s": pa.float64(),
@@ -70,11 +71,19 @@ def test_a_bare_path_column_is_enough(root: Path) -> None:
     assert read.source == str(root / "clips.csv")
 
 
+def test_views_of_a_clip_share_its_name_and_keep_what_is_mixed_in(root: Path) -> None:
+    read = table(root, "clip_id,path,view,mix_sources\nx,a.wav,,\ny,b.wav,0,\nx,b.wav,1,y; y\n")
+    assert column(read, "clip_id") == ["x", "y", "x"]
+    assert column(read, "view") == [0, 0, 1]
+    assert column(read, "mix_sources") == [[], [], ["y", "y"]]
+
+
 def test_user_columns_follow_in_their_order_and_stay_strings(root: Path) -> None:
     read = table(root, "zoo,fold,path,split,n,sha256\nx,1,a.wav,valid,007,ab\n")
-    assert read.clips.column_names[4:] == ["split", "fold", "zoo", "n", "sha256"]
+    assert read.clips.column_names[5:] == ["split", "fold", "zoo", "n", "sha256"]
     assert read.clips.slice(0, 1).to_pylist()[0] | {"clip_id": ""} == {
         "clip_id": "",
+        "view": 0,
         "path": "a.wav",
         "start_s": 0.0,
         "duration_s": 1.0,
@@ -213,7 +222,7 @@ def test_parquet_mistakes_are_found_by_row(root: Path) -> None:
         parquet(root, {"path": ["a.wav", "a.wav", None], "duration_s": [1.0, 1.0, float("nan")]})
     assert [line.removeprefix(f"{root}/") for line in str(caught.value).splitlines()] == [
         "clips.parquet:2:path: clip_id 'a.wav@0' is taken by row 1; "
-        "give each row its own start_s or clip_id",
+        "give each row its own start_s, clip_id or view",
         "clips.parquet:3:path: found an empty cell, expected the path of an audio file",
         "clips.parquet:3:duration_s: found 'nan', expected a number of seconds",
     ]
@@ -275,7 +284,7 @@ MISTAKES = {
     "no split": ("path,split\na.wav,\n", "2:split: found an empty cell, expected 'train', 'val"),
     "same path twice": (
         "path\na.wav\nb.wav\na.wav\n",
-        "4:path: clip_id 'a.wav@0' is taken by line 2; give each row its own start_s or clip_id",
+        "4:path: clip_id 'a.wav@0' is taken by line 2; give each row its own start_s, clip_id or",
     ),
     "same clip_id twice": (
         "clip_id,path\nx,a.wav\nx,b.wav\n",
@@ -311,8 +320,37 @@ MISTAKES = {
             f"path,{name}\na.wav,x\n",
             f"1:{name}: a bank writes a column of that name itself; rename yours",
         )
-        for name in ("view", "status", "reason", "audio_sha256", "sha256_12", "crc32c_12.patches")
+        for name in ("status", "reason", "audio_sha256", "sha256_12", "crc32c_12.patches")
     },
+    "no view": (
+        "path,view\na.wav,x\n",
+        "2:view: found 'x', expected 0 for the clean clip, or the number of a view",
+    ),
+    "half a view": ("path,view\na.wav,0.5\n", "2:view: found '0.5', expected 0 for the clean"),
+    "view of nothing": (
+        "clip_id,path,view\nx,a.wav,1\n",
+        "2:view: view 1 of 'x', which has no view 0",
+    ),
+    "the same view twice": (
+        "clip_id,path,view\nx,a.wav,0\nx,b.wav,1\nx,b.wav,1\n",
+        "4:clip_id: clip_id 'x' is taken by line 3; give each row its own",
+    ),
+    "a view in another split": (
+        "clip_id,path,view,split\nx,a.wav,0,test\nx,b.wav,1,train\n",
+        "3:split: 'x' has split 'train', 'x', whose sound it holds, has 'test'",
+    ),
+    "a mix from another fold": (
+        "clip_id,path,view,fold,mix_sources\nx,a.wav,0,1,\ny,b.wav,0,2,\nx,b.wav,1,1,y\n",
+        "4:fold: 'x' has fold '1', 'y', whose sound it holds, has '2'",
+    ),
+    "a mix of nothing": (
+        "clip_id,path,view,mix_sources\nx,a.wav,0,\nx,b.wav,1,z\n",
+        "3:mix_sources: no clip 'z' with view 0 in this table",
+    ),
+    "a mixed original": (
+        "clip_id,path,mix_sources\nx,a.wav,\ny,b.wav,x\n",
+        "3:mix_sources: 'y' is a mix, expected a view above 0",
+    ),
     "n_patches": ("path,n_patches\na.wav,x\n", "1:n_patches: a bank writes a column of that"),
 }
 
@@ -374,4 +412,4 @@ def test_an_audio_root_that_is_no_folder_is_refused(root: Path) -> None:
 
 def test_a_real_table_gives_one_clip_a_row(shared: Path) -> None:
     read = read_manifest(shared / "sample/manifest.csv")
-    assert (len(read), read.clips.column_names[4:7]) == (598, ["split", "fold", "labels"])
+    assert (len(read), read.clips.column_names[5:8]) == (598, ["split", "fold", "labels"])

@@ -60,7 +60,7 @@ def test_a_newer_format_is_refused_with_the_way_out(copy: Path) -> None:
             lambda bank: (bank / "seal.json").write_text("{}"), "is damaged", id="empty seal"
         ),
         pytest.param(
-            lambda bank: (bank / "seal.json").write_text("{"), "is no JSON", id="broken seal"
+            lambda bank: (bank / "seal.json").write_text("{"), "is damaged", id="broken seal"
         ),
         pytest.param(
             lambda bank: (bank / "seal.json").write_text(

@@ -15,6 +15,7 @@ from patchbank.pipeline.errors import (
     BankCorrupt,
     BankIncomplete,
     BankMismatch,
+    PatchbankError,
 )
 from patchbank.pipeline.extraction import ExtractionSettings, extract, prepare, run
 from patchbank.pipeline.specs import WindowSpec
@@ -157,7 +158,7 @@ def test_a_failing_worker_leaves_no_attempt_behind(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(shard, "part_table", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(PatchbankError, match=r"no space left .* run the same command again"):
         extract(clip_table, encoder="fake", out=tmp_path / "x.bank", settings=SETTINGS)
     assert list((tmp_path / "x.bank/.work").glob("0*")) == []
 

@@ -10,6 +10,7 @@ lock that dies with its process, so that `recover` can tell a dead one and clear
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -20,26 +21,62 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from patchbank.pipeline.bank.seal_record import NO_JSON, file_record
 from patchbank.pipeline.bank.writer import FileRecord, fsync_folder, fsync_tree, write_durably
-from patchbank.pipeline.errors import BankCorrupt
+from patchbank.pipeline.errors import BankCorrupt, BankError
 from patchbank.pipeline.specs import Json
 
 WORK = ".work"
 LOCK = "lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a file system without locks answers."""
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK)
 
 
 @contextmanager
 def open_attempt(bank: Path, name: str) -> Iterator[Path]:
     """A fresh folder under `.work/`, removed at the end unless a kill comes first."""
+    # Never the bank itself: where it is not, this machine does not see the shared disk.
+    (bank / WORK).mkdir(exist_ok=True)
     attempt = bank / WORK / f"{name}.{uuid.uuid4().hex}"
-    attempt.mkdir(parents=True)
+    attempt.mkdir()
     descriptor = os.open(attempt / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        _lock(descriptor)
         yield attempt
     finally:
         shutil.rmtree(attempt, ignore_errors=True)
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> None:
+    """Waits for a lock that dies with its process.
+
+    Where the file system has none, attempts of dead processes stay until the seal, and two
+    processes must not seal at once.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+
+
+@contextmanager
+def owning(bank: Path) -> Iterator[None]:
+    """Holds a bank's lock: one process at a time recovers or seals it."""
+    while True:
+        (bank / WORK).mkdir(exist_ok=True)
+        path = bank / WORK / "seal.lock"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _lock(descriptor)
+            # Who held it before may have sealed the bank and removed the lock with `.work/`.
+            if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
+                yield
+                return
+        finally:
+            os.close(descriptor)
 
 
 def record_path(bank: Path, name: str) -> Path:
@@ -65,6 +102,13 @@ def commit(bank: Path, attempt: Path, name: str, files: Iterable[FileRecord], fa
         os.link(draft, record_path(bank, name))
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        raise BankError(
+            f"the file system of {bank} has no hard links ({error.strerror}), by which exactly one "
+            "of several attempts wins; choose another disk for --out"
+        ) from error
     fsync_folder(bank / "commits")
     _publish(bank, attempt, record)
     return True
@@ -75,10 +119,10 @@ def read_record(bank: Path, name: str) -> Json | None:
     try:
         record = json.loads(record_path(bank, name).read_bytes())
         for file in record["files"]:
-            FileRecord(**file)
+            file_record(file)
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, *NO_JSON) as error:
         raise BankCorrupt(
             f"commits/{name}.json is damaged ({error}); remove that file and run the same extract "
             "command again, which redoes the shard"
@@ -97,6 +141,12 @@ def recover(bank: Path) -> None:
     Finishes the renames of every record whose attempt was cut short, withdraws records whose files
     are nowhere to be found, so that their shards are done again, and clears away dead attempts.
     """
+    with owning(bank):
+        recover_owned(bank)
+
+
+def recover_owned(bank: Path) -> None:
+    """`recover` for who owns the bank already."""
     for name in sorted(committed_names(bank)):
         record = read_record(bank, name)
         if record is None or not _missing_files(bank, record):
@@ -111,6 +161,12 @@ def recover(bank: Path) -> None:
     for attempt in (bank / WORK).glob("*.*/"):
         if _is_dead(attempt):
             shutil.rmtree(attempt, ignore_errors=True)
+
+
+def live_attempts(bank: Path) -> set[str]:
+    """Names of the shards and other work that some process works on now."""
+    attempts = (bank / WORK).glob("*.*/")
+    return {path.name.rpartition(".")[0] for path in attempts if not _is_dead(path)}
 
 
 def _is_dead(attempt: Path) -> bool:

@@ -39,6 +39,15 @@ def shard_files(bank: Path, schema: BankSchema) -> Iterator[ShardFile]:
             yield ShardFile(bank / name, name, array.column_suffix, rows, layout)
 
 
+def lost_rows(file: ShardFile, n_bytes: int) -> str:
+    """Which rows lie beyond the `n_bytes` that are left of a shard file, where they usually lie."""
+    n_whole = min(len(file.rows), n_bytes // file.layout.row_stride_bytes)
+    first, last = file.rows.start + n_whole, file.rows.stop - 1
+    if first > last:
+        return "; the index is lost, no row"
+    return f"; row {first} is lost" if first == last else f"; rows {first}-{last} are lost"
+
+
 def shard_problems(
     file: ShardFile, clips: pa.Table | None, *, difference: str | None
 ) -> Iterator[str]:

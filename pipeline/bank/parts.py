@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float32
+from jaxtyping import Shaped
 
-from patchbank.pipeline.bank.schema import DONE, FAILED, POOLED, BankSchema
+from patchbank.pipeline.bank.schema import DONE, FAILED, BankSchema, SmallArray
 from patchbank.pipeline.bank.writer import RowDigest
 
 
@@ -21,10 +21,8 @@ class RowFacts:
 
     digests: Mapping[str, RowDigest]
     """By `TokenArray.column_suffix`."""
-    n_patches: Mapping[int, int]
-    """Patches that count, by layer; 0 for a failed row."""
-    pooled: Mapping[int, Float32[np.ndarray, "pool dim"]]
-    """Mean, maximum and minimum over those patches, by layer; NaN for a failed row."""
+    small: Mapping[str, Shaped[np.ndarray, ...]]
+    """Values of the small arrays, by `SmallArray.path`: of a failed row 0 patches and NaN."""
     audio_sha256: str | None
     failure: str | None = field(default=None)
     """Why the clip has no tokens; None where it has."""
@@ -36,13 +34,11 @@ def part_path(shard: int) -> str:
 
 
 def part_table(clips: pa.Table, facts: Sequence[RowFacts], schema: BankSchema) -> pa.Table:
-    """One row a clip: the clip table's columns, the row's facts, and its pooled vectors."""
+    """One row a clip: the clip table's columns, the row's facts, and its small values."""
     columns: dict[str, pa.Array | pa.ChunkedArray] = {
-        "clip_id": clips["clip_id"],
-        "view": pa.array([0] * len(facts), pa.int16()),
-        "path": clips["path"],
-        "start_s": clips["start_s"],
-        "duration_s": clips["duration_s"],
+        name: clips[name] for name in ("clip_id", "view", "path", "start_s", "duration_s")
+    }
+    columns |= {
         "audio_sha256": pa.array([fact.audio_sha256 for fact in facts], pa.string()),
         "status": pa.array([FAILED if fact.failure else DONE for fact in facts], pa.int8()),
         "reason": pa.array([fact.failure for fact in facts], pa.string()),
@@ -50,7 +46,9 @@ def part_table(clips: pa.Table, facts: Sequence[RowFacts], schema: BankSchema) -
     columns |= _digest_columns(facts, schema)
     for name in clips.column_names:
         columns.setdefault(name, clips[name])
-    return pa.table(columns | _small_columns(facts, schema))
+    for array in schema.small_arrays():
+        columns[array.path] = _small_column(np.stack([f.small[array.path] for f in facts]), array)
+    return pa.table(columns)
 
 
 def _digest_columns(facts: Sequence[RowFacts], schema: BankSchema) -> dict[str, pa.Array]:
@@ -62,23 +60,19 @@ def _digest_columns(facts: Sequence[RowFacts], schema: BankSchema) -> dict[str, 
     return columns
 
 
-def _small_columns(facts: Sequence[RowFacts], schema: BankSchema) -> dict[str, pa.Array]:
-    columns = {}
-    for spec in schema.layers:
-        counts = [fact.n_patches[spec.layer] for fact in facts]
-        columns[small_column(spec.layer, "n_patches")] = pa.array(counts, pa.int32())
-        pooled = np.stack([fact.pooled[spec.layer] for fact in facts])
-        for index, pool in enumerate(POOLED):
-            flat = pa.array(pooled[:, index].reshape(-1), pa.float32())
-            columns[small_column(spec.layer, pool)] = pa.FixedSizeListArray.from_arrays(
-                flat, spec.dim
-            )
-    return columns
+def _small_column(values: Shaped[np.ndarray, "row ..."], array: SmallArray) -> pa.Array:
+    flat = pa.array(values.astype(array.dtype, copy=False).reshape(-1))
+    if not array.row_shape:
+        return flat
+    return pa.FixedSizeListArray.from_arrays(flat, int(np.prod(array.row_shape)))
 
 
-def small_column(layer: int, name: str) -> str:
-    """Column of a part file that becomes the array `layers/<layer>/<name>`."""
-    return f"layers/{layer}/{name}"
+def small_values(column: pa.ChunkedArray, array: SmallArray) -> Shaped[np.ndarray, "row ..."]:
+    """What `part_table` put into the column of a small array."""
+    values = column.combine_chunks()
+    flat = values.flatten() if array.row_shape else values
+    numbers = flat.to_numpy(zero_copy_only=False)
+    return np.asarray(numbers).astype(array.dtype, copy=False).reshape(-1, *array.row_shape)
 
 
 def clip_columns(part: Path) -> list[str]:

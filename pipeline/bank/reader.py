@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-import zarr
-from jaxtyping import Float, Int32, Int64
+from jaxtyping import Float32, Int32, Int64, Shaped
 
+from patchbank.pipeline.bank.assembly import CLIPS
+from patchbank.pipeline.bank.card import read_attributes, schema_of_card
+from patchbank.pipeline.bank.clip_table import read_clips
 from patchbank.pipeline.bank.layout import parse_index
-from patchbank.pipeline.bank.schema import DONE, FAILED, FORMAT_VERSION, BankSchema, TokenArray
-from patchbank.pipeline.bank.seal import SEAL, root_hash
+from patchbank.pipeline.bank.quantised import ChannelConstants, load_constants
+from patchbank.pipeline.bank.schema import (
+    DONE,
+    FAILED,
+    FORMAT_VERSION,
+    BankSchema,
+    SmallArray,
+    TokenArray,
+)
+from patchbank.pipeline.bank.seal_record import SEAL, Seal, read_seal
 from patchbank.pipeline.bank.writer import hash_file
-from patchbank.pipeline.errors import BankCorrupt, BankError, BankIncomplete, BankNotFound
-from patchbank.pipeline.specs import Grid, Json, LayerSpec
+from patchbank.pipeline.errors import BankCorrupt, BankError
+from patchbank.pipeline.specs import Json
+
+ADVICE = "pull the bank again, or remove it and extract"
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,8 @@ class RowPlaces:
     array: TokenArray
     files: tuple[Path, ...]
     rows_per_shard: int
-    offset: Int64[np.ndarray, " clip"]
+    offset: Int64[np.ndarray, " row"]
+    """-1 for holes, which are rows without a clip."""
 
     def shard_of(self, row: int) -> int:
         return row // self.rows_per_shard
@@ -39,19 +49,31 @@ class RowPlaces:
 class Bank:
     """A sealed bank, read-only. Use `open_bank`."""
 
-    def __init__(self, path: Path, attributes: Json, seal: Json) -> None:
+    def __init__(self, path: Path, attributes: Json, seal: Seal, schema: BankSchema) -> None:
         self.path = path
         self.card: Json = attributes["card"]
         self.encoder_id: str = attributes["encoder_id"]
         self.recipe_id: str = attributes["recipe_id"]
-        self.fingerprint: str = seal["fingerprint"]
-        self.root_sha256: str = seal["root_sha256"]
-        self.schema = schema_of_card(self.card)
-        self._sizes = {file["path"]: int(file["size"]) for file in seal["files"]}
+        self.seal = seal
+        self.schema = schema
+
+    @property
+    def fingerprint(self) -> str:
+        return self.seal.fingerprint
+
+    @property
+    def root_sha256(self) -> str:
+        return self.seal.root_sha256
 
     @property
     def n_rows(self) -> int:
+        """Length of the clip axis: clips, and holes where the bank has grown."""
         return self.schema.n_rows
+
+    @property
+    def n_clips(self) -> int:
+        """Rows that hold a clip, failed ones included."""
+        return self.schema.n_clips
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -60,11 +82,11 @@ class Bank:
 
     @cached_property
     def clips(self) -> pa.Table:
-        """clips.parquet, one row a bank row, in order."""
-        return pq.read_table(self.path / "clips.parquet")
+        """clips.parquet, one row a bank row, in order; `BankCorrupt` where it cannot be trusted."""
+        return read_clips(self.path / CLIPS, self.schema)
 
     @property
-    def status(self) -> Int32[np.ndarray, " clip"]:
+    def status(self) -> Int32[np.ndarray, " row"]:
         """1 done, 2 failed, 3 hole."""
         return np.asarray(self.clips["status"]).astype(np.int32)
 
@@ -83,17 +105,45 @@ class Bank:
                 return array
         raise BankError(f"{self.path}: layer {layer} has no {kind} tokens")
 
-    def n_patches(self, layer: int) -> Int32[np.ndarray, " clip"]:
-        """Patches that count in each row."""
-        return np.asarray(self._small(layer, "n_patches")[:]).astype(np.int32)
+    def n_patches(self, layer: int) -> Int32[np.ndarray, " row"]:
+        """Patches that count in each row: 0 in a failed one, -1 in a hole."""
+        return self.small(self._small_array(layer, "n_patches"))
 
-    def pooled(self, layer: int, pool: str = "mean") -> Float[np.ndarray, "clip dim"]:
-        """The stored mean, max or min over patches; NaN for failed rows."""
-        return np.asarray(self._small(layer, pool)[:])
+    def pooled(self, layer: int, pool: str = "mean") -> Float32[np.ndarray, "row dim"]:
+        """The stored mean, max or min over patches; NaN for failed rows and holes."""
+        return self.small(self._small_array(layer, pool))
 
-    def _small(self, layer: int, name: str) -> zarr.Array[Any]:
-        path = f"layers/{self.resolve_layer(layer)}/{name}"
-        return zarr.open_array(self.path / path, mode="r")
+    def scale(self, layer: int) -> Shaped[np.ndarray, "row patch"]:
+        """float16, of quantised tokens; `BankError` where the bank's tokens are floats."""
+        return self.small(self._small_array(layer, "scale"))
+
+    def constants(self, layer: int) -> ChannelConstants:
+        """Channel shift and scale of a quantised layer; checked against the card."""
+        return load_constants(self.path, self.card, self.resolve_layer(layer))
+
+    def _small_array(self, layer: int, name: str) -> SmallArray:
+        for array in self.schema.small_arrays():
+            if (array.layer, array.name) == (self.resolve_layer(layer), name):
+                return array
+        raise BankError(f"{self.path}: layer {layer} has no {name}")
+
+    def small(self, array: SmallArray, rows: range | None = None) -> Shaped[np.ndarray, "row ..."]:
+        """Values of an unsharded array for `rows`, all where None.
+
+        Raises `BankCorrupt` where a chunk is not there whole: nothing is filled in.
+        """
+        rows = range(self.n_rows) if rows is None else rows
+        per_chunk = array.chunk_rows(self.n_rows)
+        out = np.empty((len(rows), *array.row_shape), array.dtype)
+        ending = ".0" * len(array.row_shape)
+        for chunk in range(rows.start // per_chunk, -(-rows.stop // per_chunk)):
+            first = chunk * per_chunk
+            part = range(max(rows.start, first), min(rows.stop, first + per_chunk))
+            inside = range(part.start - first, part.stop - first)
+            path = self.path / array.path / f"c.{chunk}{ending}"
+            place = slice(part.start - rows.start, part.stop - rows.start)
+            out[place] = _read_rows(path, array.dtype, array.row_shape, inside, per_chunk)
+        return out
 
     def places(self, layer: int, kind: str = "patches") -> RowPlaces:
         """Offsets of all rows from the shards' indices.
@@ -102,87 +152,57 @@ class Bank:
         """
         array = self.array(layer, kind)
         shards = range(self.schema.n_shards)
-        offset = np.concatenate([self._shard_offsets(array, shard) for shard in shards])
+        offset = np.full(self.n_rows, -1, np.int64)
+        for shard in shards:
+            rows = self.schema.rows_of(shard)
+            offset[rows.start : rows.stop] = self._shard_offsets(array, shard)[: len(rows)]
         promised = np.isin(self.status, (DONE, FAILED))
         missing = promised & (offset < 0)
         if missing.any():
             row = int(np.argmax(missing))
             name = array.shard_path(row // self.schema.rows_per_shard)
-            raise BankCorrupt(f"shard {name}: row {row} is missing; pull the bank again")
+            raise BankCorrupt(f"{self.path}: shard {name}: row {row} is missing; {ADVICE}")
         files = tuple(self.path / array.shard_path(shard) for shard in shards)
         return RowPlaces(array, files, self.schema.rows_per_shard, offset)
 
     def _shard_offsets(self, array: TokenArray, shard: int) -> Int64[np.ndarray, " slot"]:
         name = array.shard_path(shard)
         layout = array.layout(self.schema.rows_per_shard)
-        with (self.path / name).open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - layout.index_bytes))
-            tail = file.read(layout.index_bytes)
-        offsets = parse_index(tail, layout, file_bytes=size, name=name)
-        return offsets[: len(self.schema.rows_of(shard))]
+        try:
+            with (self.path / name).open("rb") as file:
+                size = file.seek(0, 2)
+                file.seek(max(0, size - layout.index_bytes))
+                # Never more than there is: the card may claim any number of slots.
+                tail = file.read(min(size, layout.index_bytes))
+        except OSError as error:
+            raise BankCorrupt(f"{self.path}: shard {name}: {error.strerror}; {ADVICE}") from error
+        return parse_index(tail, layout, file_bytes=size, name=name)
 
     def check_files(self) -> None:
         """Compares every sealed file's size; `BankCorrupt` names the first that differs."""
-        for name, size in self._sizes.items():
+        for name, file in self.seal.files.items():
             path = self.path / name
             found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                what = "is missing" if found is None else f"has {found} bytes, sealed {size}"
-                raise BankCorrupt(
-                    f"{self.path}: {name} {what}; pull the bank again, or remove it and extract"
-                )
+            if found != file.size:
+                what = "is missing" if found is None else f"has {found} bytes, sealed {file.size}"
+                raise BankCorrupt(f"{self.path}: {name} {what}; {ADVICE}")
 
 
-def schema_of_card(card: Json) -> BankSchema:
-    """The shapes that a card states."""
-    layers, grids = [], {}
-    for key, layer in sorted(card["layers"].items(), key=lambda item: int(item[0])):
-        layers.append(LayerSpec(int(key), layer["meaning"], layer["dim"], layer["n_prefix"]))
-        grids[int(key)] = Grid(**layer["grid"])
-    return BankSchema(
-        n_rows=card["n_rows"],
-        rows_per_shard=card["rows_per_shard"],
-        layers=tuple(layers),
-        grids=grids,
-        dtype=np.dtype(card["stored_dtype"]),
-    )
-
-
-def read_attributes(path: Path) -> Json:
-    """The bank attributes of a folder, sealed or not.
-
-    Raises `BankNotFound` where it is no bank, `BankError` for a newer format.
-    """
-    document = _read_json(path / "zarr.json", what=path)
-    attributes = document.get("attributes", {}) if isinstance(document, Mapping) else {}
-    if "patchbank_format" not in attributes:
-        raise BankNotFound(f"{path} is a Zarr group but no bank: it has no patchbank_format")
-    version = attributes["patchbank_format"]
-    if version != FORMAT_VERSION:
-        raise BankError(
-            f"{path} has bank format {version}; this patchbank reads format {FORMAT_VERSION}: "
-            "pip install --upgrade patchbank"
-        )
-    return dict(attributes)
-
-
-def _read_json(file: Path, *, what: Path) -> Any:
+def _read_rows(
+    path: Path, dtype: str, row_shape: tuple[int, ...], rows: range, n_rows: int
+) -> Shaped[np.ndarray, "row ..."]:
+    """Some rows of a chunk file of `n_rows` rows."""
+    row_bytes = np.dtype(dtype).itemsize * int(np.prod(row_shape, dtype=np.int64))
     try:
-        return json.loads(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise BankNotFound(f"no bank at {what}: there is no {file.name}") from None
-    except ValueError as error:
-        raise BankCorrupt(f"{file} is no JSON: {error}") from error
-
-
-def require_seal(bank: Path) -> None:
-    """Raises `BankIncomplete` where a bank has no seal."""
-    if not (bank / SEAL).is_file():
-        raise BankIncomplete(
-            f"{bank} is not sealed: its extraction has not finished. "
-            "Run the same `patchbank extract` command again"
-        )
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(rows.start * row_bytes)
+            content = file.read(len(rows) * row_bytes) if size == n_rows * row_bytes else b""
+    except OSError as error:
+        raise BankCorrupt(f"{path}: {error.strerror}; {ADVICE}") from error
+    if len(content) != len(rows) * row_bytes:
+        raise BankCorrupt(f"{path} has {size} bytes, expected {n_rows * row_bytes}; {ADVICE}")
+    return np.frombuffer(content, dtype).reshape(len(rows), *row_shape)
 
 
 def open_bank(path: Path | str) -> Bank:
@@ -192,23 +212,46 @@ def open_bank(path: Path | str) -> Bank:
     """
     bank = Path(path)
     attributes = read_attributes(bank)
-    require_seal(bank)
-    seal = _read_json(bank / SEAL, what=bank)
-    try:
-        opened = _checked_bank(bank, attributes, seal)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise BankCorrupt(f"{bank}: the card or the seal is damaged: {error!r}") from error
+    seal = read_seal(bank)
+    opened = _checked_bank(bank, attributes, seal)
     opened.check_files()
     return opened
 
 
-def _checked_bank(bank: Path, attributes: Json, seal: Json) -> Bank:
-    if root_hash(seal) != seal["root_sha256"]:
-        raise BankCorrupt(f"{bank}: seal.json does not match its own root hash")
+def _checked_bank(bank: Path, attributes: Json, seal: Seal) -> Bank:
+    if not seal.matches_root:
+        raise BankCorrupt(f"{bank}: seal.json does not match its own root hash; {ADVICE}")
+    if seal.format != FORMAT_VERSION:
+        raise BankCorrupt(f"{bank}: {SEAL} has format {seal.format!r}, zarr.json {FORMAT_VERSION}")
     # Everything that is decided later rests on the card; the other files only have to be there.
-    card = hash_file(bank / "zarr.json", relative_to=bank)
-    if {"path": card.path, "sha256": card.sha256, "size": card.size} not in seal["files"]:
-        raise BankCorrupt(f"{bank}: zarr.json is not the one that was sealed; pull the bank again")
-    if seal["recipe_id"] != attributes["recipe_id"]:
-        raise BankCorrupt(f"{bank}: zarr.json and seal.json name different recipes")
-    return Bank(bank, attributes, seal)
+    if hash_file(bank / "zarr.json", relative_to=bank) != seal.files.get("zarr.json"):
+        raise BankCorrupt(f"{bank}: zarr.json is not the one that was sealed; {ADVICE}")
+    if seal.recipe_id != attributes.get("recipe_id"):
+        raise BankCorrupt(f"{bank}: zarr.json and seal.json name different recipes; {ADVICE}")
+    try:
+        schema = schema_of_card(attributes["card"])
+        opened = Bank(bank, attributes, seal, schema)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = f"{type(error).__name__} {str(error)[:200]}"
+        raise BankCorrupt(f"{bank}: the card is damaged: {reason}; {ADVICE}") from error
+    for problem in shape_problems(schema, seal):
+        raise BankCorrupt(f"{bank}: {problem}; {ADVICE}")
+    return opened
+
+
+def shape_problems(schema: BankSchema, seal: Seal) -> Iterable[str]:
+    """Sealed files that cannot hold what the card states; no more than the seal has files."""
+    arrays = schema.arrays()
+    if schema.n_shards * len(arrays) > len(seal.files):
+        yield f"the card states {schema.n_shards * len(arrays)} shard files, which are not sealed"
+        return
+    for array in arrays:
+        layout = array.layout(schema.rows_per_shard)
+        for shard in range(schema.n_shards):
+            name, expected = array.shard_path(shard), layout.file_bytes(len(schema.rows_of(shard)))
+            file = seal.files.get(name)
+            if file is None or file.size != expected:
+                found = "is not sealed" if file is None else f"is sealed with {file.size} bytes"
+                yield f"{name} {found}, the card states {expected}"
+    if CLIPS not in seal.files:
+        yield f"{CLIPS} is not sealed"

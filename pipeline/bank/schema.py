@@ -5,17 +5,22 @@ from __future__ import annotations
 import shutil
 import time
 import uuid
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
+from jaxtyping import Int64
 
+from patchbank.pipeline.bank.dtypes import STORED_TYPES, StoredType, prefix_type
 from patchbank.pipeline.bank.layout import ShardLayout
 from patchbank.pipeline.bank.writer import fsync_tree
-from patchbank.pipeline.specs import Grid, Json, LayerSpec
+from patchbank.pipeline.specs import Grid, Json, LayerSpec, StoredDType
 
 FORMAT_VERSION = 1
 DONE, FAILED, HOLE = 1, 2, 3
@@ -34,7 +39,11 @@ class TokenArray:
     """"patches" or "prefix"; also the array's name and the name of its second axis."""
     n_tokens: int
     dim: int
-    dtype: np.dtype[Any]
+    stored: StoredType
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.stored.dtype
 
     @property
     def path(self) -> str:
@@ -59,56 +68,135 @@ class TokenArray:
 
 
 @dataclass(frozen=True)
+class SmallArray:
+    """One unsharded array with a few values a row."""
+
+    layer: int
+    name: str
+    row_shape: tuple[int, ...]
+    dtype: str
+    axes: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        """Path inside the bank; also its column in a part file."""
+        return f"layers/{self.layer}/{self.name}"
+
+    @property
+    def fill(self) -> float | int:
+        """What a row that is not there holds."""
+        return float("nan") if np.dtype(self.dtype).kind == "f" else -1
+
+    def chunk_rows(self, n_rows: int) -> int:
+        return min(n_rows, SMALL_CHUNK_ROWS)
+
+
+@dataclass(frozen=True)
 class BankSchema:
     """Shapes of everything in a bank."""
 
-    n_rows: int
+    generations: tuple[int, ...]
+    """Clips that came together: a first extraction, each growth, each bank of a merge. A generation
+    begins with a shard of its own; the unused slots before it are holes, rows without a clip."""
     rows_per_shard: int
     layers: tuple[LayerSpec, ...]
     grids: Mapping[int, Grid]
-    dtype: np.dtype[Any]
+    stored_dtype: StoredDType = "float16"
+
+    @property
+    def stored(self) -> StoredType:
+        return STORED_TYPES[self.stored_dtype]
+
+    @property
+    def n_clips(self) -> int:
+        return sum(self.generations)
+
+    @cached_property
+    def _first_shards(self) -> tuple[int, ...]:
+        """The first shard of each generation, and the one after the last."""
+        sizes = (-(-n_clips // self.rows_per_shard) for n_clips in self.generations)
+        return (0, *accumulate(sizes))
+
+    @property
+    def n_rows(self) -> int:
+        """Length of the clip axis: clips and the holes between generations."""
+        return self._first_shards[-2] * self.rows_per_shard + self.generations[-1]
 
     @property
     def n_shards(self) -> int:
-        return -(-self.n_rows // self.rows_per_shard)
+        return self._first_shards[-1]
 
     def rows_of(self, shard: int) -> range:
+        """The rows of a shard that hold clips."""
+        generation = bisect_right(self._first_shards, shard) - 1
+        first = self._first_shards[generation] * self.rows_per_shard
         start = shard * self.rows_per_shard
-        return range(start, min(start + self.rows_per_shard, self.n_rows))
+        stop = min(start + self.rows_per_shard, first + self.generations[generation])
+        return range(start, stop)
+
+    def clip_rows(self) -> Int64[np.ndarray, " clip"]:
+        """The row of each clip, in order."""
+        firsts = [first * self.rows_per_shard for first in self._first_shards]
+        pairs = zip(firsts, self.generations, strict=False)
+        return np.concatenate([np.arange(first, first + n, dtype=np.int64) for first, n in pairs])
+
+    def clips_of(self, shard: int) -> range:
+        """Places among the clips, in order, of those that a shard holds."""
+        generation = bisect_right(self._first_shards, shard) - 1
+        before = sum(self.generations[:generation])
+        first = self._first_shards[generation] * self.rows_per_shard
+        rows = self.rows_of(shard)
+        return range(before + rows.start - first, before + rows.stop - first)
 
     def arrays(self) -> list[TokenArray]:
         """The sharded arrays, by layer, patches before prefix."""
         arrays = []
         for spec in self.layers:
-            n_patches = self.grids[spec.layer].n_patches
-            arrays.append(TokenArray(spec.layer, "patches", n_patches, spec.dim, self.dtype))
+            n_patches, prefix = self.grids[spec.layer].n_patches, prefix_type(self.stored)
+            arrays.append(TokenArray(spec.layer, "patches", n_patches, spec.dim, self.stored))
             if spec.n_prefix:
-                arrays.append(TokenArray(spec.layer, "prefix", spec.n_prefix, spec.dim, self.dtype))
+                arrays.append(TokenArray(spec.layer, "prefix", spec.n_prefix, spec.dim, prefix))
         return arrays
 
-    def array_paths(self) -> list[str]:
-        """Paths inside the bank of every array of the layers, the small ones included."""
-        small = [f"layers/{spec.layer}/{n}" for spec in self.layers for n in ("n_patches", *POOLED)]
-        return [array.path for array in self.arrays()] + small
+    def small_arrays(self) -> list[SmallArray]:
+        """The unsharded arrays with a row a clip, by layer."""
+        arrays = []
+        for spec in self.layers:
+            arrays.append(SmallArray(spec.layer, "n_patches", (), "int32", ("clip",)))
+            if self.stored.is_quantised:
+                shape = (self.grids[spec.layer].n_patches,)
+                arrays.append(SmallArray(spec.layer, "scale", shape, "float16", ("clip", "patch")))
+            arrays += [
+                SmallArray(spec.layer, pool, (spec.dim,), "float32", ("clip", "dim"))
+                for pool in POOLED
+            ]
+        return arrays
 
     def token_bytes(self) -> int:
         """Bytes of all shard files."""
-        return sum(
-            array.layout(self.rows_per_shard).file_bytes(len(self.rows_of(shard)))
-            for shard in range(self.n_shards)
-            for array in self.arrays()
-        )
+        return sum(self.shard_bytes(shard) for shard in range(self.n_shards))
+
+    def shard_bytes(self, shard: int) -> int:
+        """Bytes of one shard's files, in all token arrays."""
+        n_rows = len(self.rows_of(shard))
+        return sum(array.layout(self.rows_per_shard).file_bytes(n_rows) for array in self.arrays())
 
 
-def create_skeleton(bank: Path, schema: BankSchema, attributes: Json) -> None:
-    """Writes groups, array metadata and attributes of an empty bank, at once or not at all.
+def create_skeleton(
+    bank: Path,
+    schema: BankSchema,
+    attributes: Json,
+    constants: Mapping[int, Mapping[str, np.ndarray]] | None = None,
+) -> None:
+    """Writes groups, array metadata, attributes and channel constants of an empty bank.
 
-    Returns quietly where another process was faster; the caller compares what it finds.
+    All at once or not at all. Returns quietly where another process was faster; the caller compares
+    what it finds.
     """
     _sweep_drafts(bank)
     draft = bank.with_name(f".{bank.name}.{uuid.uuid4().hex}")
     try:
-        _write_skeleton(draft, schema, attributes)
+        _write_skeleton(draft, schema, attributes, constants or {})
         fsync_tree(draft)
         # The commits folder makes a bank non-empty, so a rename never replaces an existing one.
         draft.rename(bank)
@@ -126,13 +214,21 @@ def _sweep_drafts(bank: Path) -> None:
             shutil.rmtree(draft, ignore_errors=True)
 
 
-def _write_skeleton(draft: Path, schema: BankSchema, attributes: Json) -> None:
+def _write_skeleton(
+    draft: Path,
+    schema: BankSchema,
+    attributes: Json,
+    constants: Mapping[int, Mapping[str, np.ndarray]],
+) -> None:
     root = zarr.create_group(draft, attributes=attributes)
     layers = root.create_group("layers")
     for spec in schema.layers:
         layers.create_group(str(spec.layer))
     for array in schema.arrays():
         create_token_array(draft, array, schema)
+    for layer, values in constants.items():
+        for name, value in values.items():
+            create_whole_array(draft, f"layers/{layer}/{name}", value, ("dim",))
     (draft / "commits").mkdir()
     (draft / ".work").mkdir()
     (draft / "parts").mkdir()
@@ -150,28 +246,43 @@ def create_token_array(bank: Path, array: TokenArray, schema: BankSchema) -> Non
         dtype=array.dtype,
         compressors=None,
         filters=None,
-        # A row that is not there reads as NaN through any Zarr reader, never as zeros.
-        fill_value=float("nan"),
+        # A row that is not there reads as this through any Zarr reader, never as zeros.
+        fill_value=array.stored.fill,
         chunk_key_encoding={"name": "default", "separator": "."},
         dimension_names=("clip", "patch" if array.kind == "patches" else "prefix", "dim"),
+        attributes=array.stored.attributes,
         config={"write_empty_chunks": True},
     )
 
 
-def create_small_array(
-    folder: Path, name: str, shape: tuple[int, ...], dtype: str
-) -> zarr.Array[Any]:
-    """An unsharded array (clip,) or (clip, dim) in chunks of 65,536 rows."""
+def create_small_array(folder: Path, array: SmallArray, n_rows: int) -> zarr.Array[Any]:
+    """The empty unsharded array of `n_rows` rows, in chunks of at most 65,536 rows."""
     return zarr.create_array(
         folder,
-        name=name,
-        shape=shape,
-        chunks=(min(shape[0], SMALL_CHUNK_ROWS), *shape[1:]),
-        dtype=dtype,
+        name=array.path,
+        shape=(n_rows, *array.row_shape),
+        chunks=(array.chunk_rows(n_rows), *array.row_shape),
+        dtype=array.dtype,
         compressors=None,
         filters=None,
-        fill_value=float("nan") if np.dtype(dtype).kind == "f" else -1,
+        fill_value=array.fill,
         chunk_key_encoding={"name": "default", "separator": "."},
-        dimension_names=("clip", "dim")[: len(shape)],
+        dimension_names=array.axes,
+        config={"write_empty_chunks": True},
+    )
+
+
+def create_whole_array(folder: Path, name: str, value: np.ndarray, axes: tuple[str, ...]) -> None:
+    """Writes an array that is one chunk."""
+    zarr.create_array(
+        folder,
+        name=name,
+        data=value,
+        chunks=value.shape,
+        compressors=None,
+        filters=None,
+        fill_value=float("nan"),
+        chunk_key_encoding={"name": "default", "separator": "."},
+        dimension_names=axes,
         config={"write_empty_chunks": True},
     )

@@ -1,4 +1,4 @@
-"""Gathers the parts of a finished extraction and writes the seal.
+"""Gathers the rows of a finished bank and writes the seal.
 
 The steps can be interrupted anywhere and run again: small arrays and clips.parquet are written
 beside the bank's files and renamed in, clips.parquet last, so that its presence means that the
@@ -7,37 +7,27 @@ parts are no longer needed; seal.json is the very last file.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
+from patchbank.pipeline.bank.assembly import CLIPS, PartRows, RowSource, assemble
 from patchbank.pipeline.bank.commit import (
     WORK,
     committed_names,
     open_attempt,
+    owning,
     read_record,
-    recover,
+    recover_owned,
     shard_name,
 )
-from patchbank.pipeline.bank.parts import clip_columns, part_path, small_column
-from patchbank.pipeline.bank.schema import (
-    FORMAT_VERSION,
-    POOLED,
-    SMALL_CHUNK_ROWS,
-    BankSchema,
-    create_small_array,
-)
+from patchbank.pipeline.bank.identity import fingerprint, root_hash
+from patchbank.pipeline.bank.schema import FORMAT_VERSION, BankSchema
+from patchbank.pipeline.bank.seal_record import SEAL
 from patchbank.pipeline.bank.writer import (
     FileRecord,
     fsync_folder,
@@ -46,133 +36,84 @@ from patchbank.pipeline.bank.writer import (
     write_durably,
 )
 from patchbank.pipeline.errors import BankCorrupt, BankIncomplete
-from patchbank.pipeline.specs import Json, canonical_json, digest
 
-SEAL = "seal.json"
 UNSEALED = {SEAL, "notes", "parts", WORK}
-FINGERPRINT_COLUMNS = ("clip_id", "view", "path", "start_s", "duration_s", "audio_sha256", "status")
 
 
-def seal_bank(bank: Path, schema: BankSchema, *, recipe_id: str) -> None:
+def seal_bank(
+    bank: Path,
+    schema: BankSchema,
+    *,
+    recipe_id: str,
+    sources: Callable[[], Sequence[RowSource]] | None = None,
+) -> None:
     """Completes a bank whose shards are all committed.
 
-    Raises `BankIncomplete` where a shard is not committed. Sealing a sealed bank only clears what
-    an interrupted run left behind.
+    `sources` gives its rows where they do not lie in its parts. Raises `BankIncomplete` where a
+    shard is not committed. Sealing a sealed bank only clears what an interrupted run left behind.
     """
     leftovers = [bank / "parts", bank / WORK]
     if (bank / SEAL).is_file() and not any(path.exists() for path in leftovers):
         return
-    with _single_owner(bank):
+    with owning(bank):
         if not (bank / SEAL).is_file():
-            recover(bank)
-            _check_committed(bank, schema)
-            if not (bank / "clips.parquet").is_file():
-                _assemble(bank, schema)
+            recover_owned(bank)
+            check_committed(bank, range(schema.n_shards), others=["golden"])
+            if not (bank / CLIPS).is_file():
+                gather(bank, schema, sources or (lambda: [part_rows(bank, schema)]))
             _check_arrays(bank, schema)
             shutil.rmtree(bank / "parts", ignore_errors=True)
-            _write_seal(bank, recipe_id=recipe_id)
+            write_seal(bank, file_records(bank), recipe_id=recipe_id)
         for path in leftovers:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def part_rows(bank: Path, schema: BankSchema) -> PartRows:
+    """The rows of a bank of one generation, from its parts."""
+    return PartRows(bank, schema, range(schema.n_shards))
+
+
 def _check_arrays(bank: Path, schema: BankSchema) -> None:
-    for path in schema.array_paths():
+    paths = [array.path for array in schema.arrays()]
+    for path in [*paths, *(array.path for array in schema.small_arrays())]:
         if not (bank / path / "zarr.json").is_file():
-            raise BankCorrupt(f"{bank}: {path} is not there; remove the bank and extract again")
+            raise BankCorrupt(f"{bank}: {path} is not there; remove the bank and begin again")
 
 
-@contextmanager
-def _single_owner(bank: Path) -> Iterator[None]:
-    """Holds a lock that dies with its process."""
-    (bank / WORK).mkdir(exist_ok=True)
-    descriptor = os.open(bank / WORK / "seal.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _check_committed(bank: Path, schema: BankSchema) -> None:
-    wanted = {shard_name(shard) for shard in range(schema.n_shards)} | {"golden"}
+def check_committed(bank: Path, shards: range, *, others: Sequence[str] = ()) -> None:
+    """Raises `BankIncomplete` where a shard, or another piece of work, has no commit record."""
+    wanted = {shard_name(shard) for shard in shards} | set(others)
     missing = sorted(wanted - committed_names(bank))
     if missing:
         raise BankIncomplete(
             f"{bank}: {len(missing)} of {len(wanted)} parts of the work are not committed "
-            f"(first: {missing[0]}); run the same extract command again"
+            f"(first: {missing[0]}); run the same command again"
         )
 
 
-def _assemble(bank: Path, schema: BankSchema) -> None:
+def gather(bank: Path, schema: BankSchema, sources: Callable[[], Sequence[RowSource]]) -> None:
+    """Writes the small arrays and, last, clips.parquet of a bank."""
     with open_attempt(bank, "assembly") as draft:
+        assemble(draft, schema, sources())
+        fsync_tree(draft)
+        for array in sorted(path.parent for path in draft.glob("layers/*/*/zarr.json")):
+            target = bank / array.relative_to(draft)
+            if not target.exists():
+                array.rename(target)
         for spec in schema.layers:
-            for name in ("n_patches", *POOLED):
-                _assemble_array(bank, draft, schema, layer=spec.layer, dim=spec.dim, name=name)
-        _assemble_clips(bank, draft, schema)
-        _move_in(bank, draft, schema)
+            fsync_folder(bank / f"layers/{spec.layer}")
+        # From here on the parts are not needed: everything they hold is durable elsewhere.
+        (draft / CLIPS).rename(bank / CLIPS)
+        fsync_folder(bank)
 
 
-def _move_in(bank: Path, draft: Path, schema: BankSchema) -> None:
-    """Renames the assembled arrays and, last, clips.parquet into the bank."""
-    fsync_tree(draft)
-    for array in sorted(path.parent for path in draft.glob("layers/*/*/zarr.json")):
-        target = bank / array.relative_to(draft)
-        if not target.exists():
-            array.rename(target)
-    for spec in schema.layers:
-        fsync_folder(bank / f"layers/{spec.layer}")
-    # From here on the parts are not needed: everything they hold is durable elsewhere.
-    (draft / "clips.parquet").rename(bank / "clips.parquet")
-    fsync_folder(bank)
-
-
-def _assemble_array(
-    bank: Path, draft: Path, schema: BankSchema, *, layer: int, dim: int, name: str
-) -> None:
-    counts = name == "n_patches"
-    shape = (schema.n_rows,) if counts else (schema.n_rows, dim)
-    array = create_small_array(
-        draft, f"layers/{layer}/{name}", shape, "int32" if counts else "float32"
-    )
-    column = small_column(layer, name)
-    for start in range(0, schema.n_rows, SMALL_CHUNK_ROWS):
-        rows = range(start, min(start + SMALL_CHUNK_ROWS, schema.n_rows))
-        table = _read_rows(bank, schema, rows, [column])
-        values = table[column].combine_chunks()
-        flat = values if counts else values.flatten()
-        array[rows.start : rows.stop] = np.asarray(flat).reshape(len(rows), *shape[1:])
-
-
-def _assemble_clips(bank: Path, draft: Path, schema: BankSchema) -> None:
-    columns = clip_columns(bank / part_path(0))
-    with (draft / "clips.parquet").open("wb") as file:
-        writer: Any = None
-        for start in range(0, schema.n_rows, SMALL_CHUNK_ROWS):
-            rows = range(start, min(start + SMALL_CHUNK_ROWS, schema.n_rows))
-            table = _read_rows(bank, schema, rows, columns)
-            writer = writer or pq.ParquetWriter(file, table.schema)
-            writer.write_table(table)
-        writer.close()
-
-
-def _read_rows(bank: Path, schema: BankSchema, rows: range, columns: list[str]) -> pa.Table:
-    first = rows.start // schema.rows_per_shard
-    last = (rows.stop - 1) // schema.rows_per_shard
-    tables = [
-        pq.read_table(bank / part_path(shard), columns=columns) for shard in range(first, last + 1)
-    ]
-    offset = rows.start - first * schema.rows_per_shard
-    return pa.concat_tables(tables).slice(offset, len(rows)).combine_chunks()
-
-
-def _write_seal(bank: Path, *, recipe_id: str) -> None:
-    files = sorted(_file_records(bank), key=lambda file: file.path)
-    listing = [asdict(file) for file in files]
+def write_seal(bank: Path, files: Mapping[str, FileRecord], *, recipe_id: str) -> None:
+    """Writes seal.json over `files`, by path; its clips.parquet lies in `bank`."""
     content = {
         "format": FORMAT_VERSION,
         "recipe_id": recipe_id,
-        "fingerprint": fingerprint(recipe_id, pq.read_table(bank / "clips.parquet")),
-        "files": listing,
+        "fingerprint": fingerprint(recipe_id, pq.read_table(bank / CLIPS)),
+        "files": [asdict(files[path]) for path in sorted(files)],
     }
     content["root_sha256"] = root_hash(content)
     draft = bank / WORK / SEAL
@@ -181,22 +122,9 @@ def _write_seal(bank: Path, *, recipe_id: str) -> None:
     fsync_folder(bank)
 
 
-def root_hash(seal: Json) -> str:
-    """SHA-256 over the seal's content but the root hash itself, as canonical JSON."""
-    return digest({key: value for key, value in seal.items() if key != "root_sha256"})
-
-
-def fingerprint(recipe_id: str, clips: pa.Table) -> str:
-    """SHA-256 over the recipe and the ordered rows with their audio digests.
-
-    Rows are hashed one a line, each a canonical JSON list of `FINGERPRINT_COLUMNS`.
-    """
-    hasher = hashlib.sha256(recipe_id.encode())
-    for batch in clips.select(FINGERPRINT_COLUMNS).to_batches():
-        columns = [batch.column(name).to_pylist() for name in FINGERPRINT_COLUMNS]
-        for row in zip(*columns, strict=True):
-            hasher.update(b"\n" + canonical_json(row))
-    return hasher.hexdigest()
+def file_records(bank: Path) -> dict[str, FileRecord]:
+    """Size and digest of every file of a bank that a seal names, by path."""
+    return {file.path: file for file in _file_records(bank)}
 
 
 def _file_records(bank: Path) -> Iterator[FileRecord]:
@@ -215,7 +143,7 @@ def _file_records(bank: Path) -> Iterator[FileRecord]:
             yield record
     left = [name for name in recorded if not name.startswith("parts/")]
     if left:
-        raise BankCorrupt(f"{left[0]} is recorded but not there; run the same extract again")
+        raise BankCorrupt(f"{left[0]} is recorded but not there; run the same command again")
 
 
 def _recorded_files(bank: Path) -> dict[str, FileRecord]:

@@ -6,63 +6,33 @@ is whole, not who made it: whoever can rewrite every file can also rewrite the s
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from patchbank.pipeline.bank.commit import read_record, shard_name
-from patchbank.pipeline.bank.damage import shard_files, shard_problems
-from patchbank.pipeline.bank.reader import read_attributes, require_seal, schema_of_card
-from patchbank.pipeline.bank.schema import DONE, FAILED, FORMAT_VERSION, HOLE, BankSchema
-from patchbank.pipeline.bank.seal import FINGERPRINT_COLUMNS, SEAL, fingerprint, root_hash
+from patchbank.pipeline.bank.assembly import CLIPS
+from patchbank.pipeline.bank.card import read_attributes, schema_of_card
+from patchbank.pipeline.bank.clip_table import read_clips
+from patchbank.pipeline.bank.commit import WORK, read_record, shard_name
+from patchbank.pipeline.bank.damage import (
+    lost_rows,
+    shard_files,
+    shard_problems,
+)
+from patchbank.pipeline.bank.identity import fingerprint
+from patchbank.pipeline.bank.reader import shape_problems
+from patchbank.pipeline.bank.schema import DONE, FAILED, FORMAT_VERSION, BankSchema
+from patchbank.pipeline.bank.seal_record import SEAL, Seal, read_seal
 from patchbank.pipeline.bank.writer import FileRecord, hash_file
 from patchbank.pipeline.errors import BankCorrupt, BankError
 
-CLIPS, CARD = "clips.parquet", "zarr.json"
+CARD = "zarr.json"
 HASH_THREADS = 8
-
-
-@dataclass(frozen=True)
-class Seal:
-    """What seal.json says."""
-
-    format: int
-    recipe_id: str
-    fingerprint: str
-    matches_root: bool
-    files: Mapping[str, FileRecord]
-
-    @property
-    def bank_bytes(self) -> int:
-        """Bytes of all sealed files."""
-        return sum(file.size for file in self.files.values())
-
-
-def read_seal(bank: Path) -> Seal:
-    """The seal of a bank, as it stands; `BankIncomplete` where there is none, or `BankCorrupt`."""
-    if not (bank / SEAL).is_file():
-        # What is no bank at all is told first.
-        read_attributes(bank)
-    require_seal(bank)
-    try:
-        content = json.loads((bank / SEAL).read_bytes())
-        seal = Seal(
-            format=content["format"],
-            recipe_id=content["recipe_id"],
-            fingerprint=content["fingerprint"],
-            matches_root=root_hash(content) == content["root_sha256"],
-            files={file["path"]: FileRecord(**file) for file in content["files"]},
-        )
-        _ = seal.bank_bytes
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise BankCorrupt(f"{SEAL}: is damaged: {error!r}") from error
-    return seal
+UNCHECKED = ("notes", WORK)
+"""What may hold files that are not sealed: measurements, and the new shards of a growth."""
 
 
 def verify_bank(
@@ -81,17 +51,20 @@ def verify_bank(
     sizes, strange = _walk(bank)
     if SEAL in strange:
         return (f"{SEAL}: {strange[SEAL]}",)
+    if not (bank / SEAL).is_file():
+        # What is no bank at all is told first.
+        read_attributes(bank)
     try:
         seal = read_seal(bank)
     except BankCorrupt as error:
-        return (str(error),)
+        return (str(error).removeprefix(f"{bank}/"),)
     there = [file for file in seal.files.values() if sizes.get(file.path) == file.size]
     to_hash = [file for file in there if not quick or file.path == CARD]
     wrong = _wrong_digests(bank, to_hash, progress)
     whole = {file.path for file in there} - set(wrong)
     return (
         *_seal_problems(seal),
-        *_listing_problems(seal, sizes, strange),
+        *_listing_problems(bank, seal, sizes, strange),
         *_content_problems(bank, seal, whole, wrong),
     )
 
@@ -110,7 +83,7 @@ def _walk(bank: Path) -> tuple[dict[str, int], dict[str, str]]:
                 folders.append(bank / name)
             elif not entry.is_file():
                 strange[name] = "is no regular file"
-            elif not name.startswith("notes/"):
+            elif name.split("/")[0] not in UNCHECKED:
                 sizes[name] = entry.stat().st_size
     return sizes, strange
 
@@ -151,17 +124,20 @@ def _seal_problems(seal: Seal) -> Iterator[str]:
 
 
 def _listing_problems(
-    seal: Seal, sizes: Mapping[str, int], strange: Mapping[str, str]
+    bank: Path, seal: Seal, sizes: Mapping[str, int], strange: Mapping[str, str]
 ) -> Iterator[str]:
+    schema, _ = _schema(bank, seal, {CARD} if sizes.get(CARD) else set())
+    shards = {file.name: file for file in shard_files(bank, schema)} if schema else {}
     for name, what in sorted(strange.items()):
         yield f"{name}: {what}"
     for name, file in sorted(seal.files.items()):
         if any(name == other or name.startswith(f"{other}/") for other in strange):
             continue
+        rows = lost_rows(shards[name], sizes.get(name, 0)) if name in shards else ""
         if name not in sizes:
-            yield f"{name}: is missing"
+            yield f"{name}: is missing{rows}"
         elif sizes[name] != file.size:
-            yield f"{name}: {sizes[name]} bytes, sealed {file.size}"
+            yield f"{name}: {sizes[name]} bytes, sealed {file.size}{rows}"
     for name in sorted(set(sizes) - set(seal.files) - {SEAL}):
         yield f"{name}: is not sealed; only notes/ may hold files that are not"
 
@@ -171,7 +147,7 @@ def _content_problems(
 ) -> Iterator[str]:
     """What the files that are there in their size say about each other, and wrong digests."""
     schema, problem = _schema(bank, seal, whole)
-    clips, clip_problems = _clips(bank, seal, schema) if CLIPS in whole else (None, [])
+    clips, clip_problems = _clips(bank, seal, schema) if schema and CLIPS in whole else (None, [])
     shards = {file.name: file for file in shard_files(bank, schema)} if schema else {}
     for name in sorted(set(wrong) - set(shards)):
         yield f"{name}: {_difference(seal, name, wrong[name])}"
@@ -200,30 +176,20 @@ def _schema(bank: Path, seal: Seal, whole: set[str]) -> tuple[BankSchema | None,
         attributes = read_attributes(bank)
         if attributes["recipe_id"] != seal.recipe_id:
             return None, [f"{SEAL}: names another recipe than {CARD}"]
-        return schema_of_card(attributes["card"]), []
-    except (BankError, KeyError, TypeError, ValueError) as error:
+        schema = schema_of_card(attributes["card"])
+    except (BankError, KeyError, TypeError, ValueError, AttributeError) as error:
         return None, [f"{CARD}: the card cannot be read: {error}"]
+    problems = [f"{CARD}: {problem}" for problem in shape_problems(schema, seal)]
+    return (None if problems else schema), problems
 
 
-def _clips(bank: Path, seal: Seal, schema: BankSchema | None) -> tuple[pa.Table | None, list[str]]:
+def _clips(bank: Path, seal: Seal, schema: BankSchema) -> tuple[pa.Table | None, list[str]]:
     """clips.parquet, None where it cannot be trusted."""
     try:
-        digests = [
-            f"{kind}_{array.column_suffix}"
-            for array in (schema.arrays() if schema else [])
-            for kind in ("crc32c", "sha256")
-        ]
-        clips = pq.read_table(bank / CLIPS, columns=[*FINGERPRINT_COLUMNS, *digests])
-        found = fingerprint(seal.recipe_id, clips)
-        clips.select(digests)
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        return None, [f"{CLIPS}: cannot be read: {str(error).splitlines()[0]}"]
-    if schema and len(clips) != schema.n_rows:
-        return None, [f"{CLIPS}: {len(clips)} rows, the card names {schema.n_rows}"]
-    unknown = sorted(set(clips["status"].to_pylist()) - {DONE, FAILED, HOLE}, key=str)
-    if unknown:
-        return None, [f"{CLIPS}: status {unknown[0]}, expected 1 done, 2 failed or 3 hole"]
-    if found != seal.fingerprint:
+        clips = read_clips(bank / CLIPS, schema)
+    except BankCorrupt as error:
+        return None, [str(error).removeprefix(f"{bank}/")]
+    if fingerprint(seal.recipe_id, clips) != seal.fingerprint:
         return clips, [f"{SEAL}: the fingerprint is not that of the recipe and {CLIPS}"]
     return clips, []
 

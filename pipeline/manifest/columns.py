@@ -13,7 +13,16 @@ import pyarrow as pa
 from patchbank.pipeline.errors import Problem
 from patchbank.pipeline.manifest.sheet import Sheet
 
-CLIP_COLUMNS = ("clip_id", "path", "start_s", "duration_s", "split", "fold")
+CLIP_COLUMNS = (
+    "clip_id",
+    "view",
+    "path",
+    "start_s",
+    "duration_s",
+    "split",
+    "fold",
+    "mix_sources",
+)
 SPLITS = ("train", "valid", "test")
 MEANT_SPLITS = {
     "training": "train",
@@ -32,7 +41,7 @@ _MEANT_COLUMNS = {
     **dict.fromkeys(("id", "clip", "clipid"), "clip_id"),
 }
 _RESERVED = re.compile(
-    r"view|status|reason|audio_sha256|n_patches|(sha256|crc32c|n_patches)_.*|layers/.*"
+    r"status|reason|audio_sha256|n_patches|(sha256|crc32c|n_patches)_.*|layers/.*"
 )
 """What a bank writes beside the user's columns; a plain `sha256` of the file stays the user's."""
 
@@ -117,6 +126,24 @@ def _seconds(cell: str, *, zero_allowed: bool) -> float:
     return seconds
 
 
+def view_cells(sheet: Sheet) -> tuple[list[int], list[Problem]]:
+    """The `view` of each row, 0 where empty; whole numbers from 0 to 32,767."""
+    views, problems = [], []
+    for line, cell in zip(sheet.lines, text_cells(sheet, "view"), strict=True):
+        is_number = cell is None or (cell.isascii() and cell.isdigit() and int(cell) < 2**15)
+        views.append(int(cell) if cell is not None and is_number else 0)
+        if not is_number:
+            message = f"found {cell!r}, expected 0 for the clean clip, or the number of a view"
+            problems.append(Problem(sheet.file, line, "view", message))
+    return views, problems
+
+
+def mix_cells(sheet: Sheet) -> list[list[str]]:
+    """The clips whose sound is mixed into each row: `clip_id`s with `;` between them."""
+    cells = text_cells(sheet, "mix_sources")
+    return [[name.strip() for name in (cell or "").split(";") if name.strip()] for cell in cells]
+
+
 def split_problems(sheet: Sheet) -> list[Problem]:
     """Cells of `split` that name no split."""
     if "split" not in sheet.cells.column_names:
@@ -144,9 +171,12 @@ def _one_of(words: Iterable[str]) -> str:
 
 
 def kept_columns(sheet: Sheet) -> dict[str, pa.ChunkedArray]:
-    """`split` and `fold` as strings where the table has them, then the user's columns as is."""
+    """`split`, `fold` and `mix_sources` where the table has them, then the user's columns as is."""
     columns: dict[str, pa.ChunkedArray] = {}
     for name in ("split", "fold"):
         if name in sheet.cells.column_names:
             columns[name] = pa.chunked_array([pa.array(text_cells(sheet, name), pa.string())])
+    if "mix_sources" in sheet.cells.column_names:
+        column = pa.array(mix_cells(sheet), pa.list_(pa.string()))
+        columns["mix_sources"] = pa.chunked_array([column])
     return columns | {name: sheet.cells[name] for name in user_columns(sheet)}

@@ -13,7 +13,12 @@ from patchbank.pipeline.manifest.audio_files import (
     relative_path,
     root_names,
 )
-from patchbank.pipeline.manifest.columns import second_cells, split_problems, text_cells
+from patchbank.pipeline.manifest.columns import (
+    second_cells,
+    split_problems,
+    text_cells,
+    view_cells,
+)
 from patchbank.pipeline.manifest.durations import recording_durations_s
 from patchbank.pipeline.manifest.sheet import Sheet
 from patchbank.pipeline.manifest.windows import Segments
@@ -39,14 +44,17 @@ def check_rows(sheet: Sheet, *, audio_root: Path) -> CheckedRows:
     given_s, duration_problems = second_cells(sheet, "duration_s", zero_allowed=False)
     durations_s, end_problems = _durations_s(sheet, paths, starts_s, given_s, audio_root)
     names = text_cells(sheet, "clip_id")
+    views, view_problems = view_cells(sheet)
     rows = [row for row, path in enumerate(paths) if path is not None]
     segments = Segments(
         paths=[path for path in paths if path is not None],
         clip_ids=[names[row] for row in rows],
         starts_s=[starts_s[row] or 0.0 for row in rows],
         durations_s=[durations_s[row] for row in rows],
+        views=[views[row] for row in rows],
     )
     problems += start_problems + duration_problems + end_problems + split_problems(sheet)
+    problems += view_problems
     return CheckedRows(segments, [sheet.lines[row] for row in rows], problems)
 
 

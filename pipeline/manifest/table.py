@@ -21,6 +21,7 @@ from patchbank.pipeline.manifest.durations import recording_durations_s
 from patchbank.pipeline.manifest.folder import AudioFolder, read_folder
 from patchbank.pipeline.manifest.rows import CheckedRows, check_rows
 from patchbank.pipeline.manifest.sheet import Sheet, read_sheet
+from patchbank.pipeline.manifest.views import view_problems
 from patchbank.pipeline.manifest.windows import Cuts, Segments, cut
 from patchbank.pipeline.specs import WindowSpec
 
@@ -30,10 +31,12 @@ class ClipTable:
     """The clips of a bank, in order; each has a `clip_id` of its own."""
 
     clips: pa.Table
-    """`clip_id, path, start_s, duration_s`, `split` and `fold` if given, then user columns.
+    """`clip_id, view, path, start_s, duration_s`, `split`, `fold` and `mix_sources` if given, then
+    user columns.
 
     `path` is POSIX and relative to the audio root; `duration_s` is how much of the window is
-    audio, 0 where the recording cannot be read.
+    audio, 0 where the recording cannot be read. A clip may come in several variants, told apart by
+    `view`: 0 is the clean one.
     """
     audio_root: Path
     labels: pa.Table | None
@@ -78,23 +81,26 @@ def _clips_of_sheet(place: Path, audio_root: Path, window: WindowSpec) -> ClipTa
     rows = check_rows(sheet, audio_root=audio_root)
     cuts = cut(rows.segments, window)
     problems += [*rows.problems, *_duplicates(sheet, rows, cuts)]
+    if not problems:
+        clips = _clip_table(rows.segments, cuts, kept_columns(sheet))
+        problems = view_problems(sheet, clips, [rows.lines[segment] for segment in cuts.segments])
     if problems:
         raise ManifestError(sorted(problems, key=lambda problem: problem.line or 0))
-    clips = _clip_table(rows.segments, cuts, kept_columns(sheet))
     return ClipTable(clips, audio_root, None, str(place))
 
 
 def _duplicates(sheet: Sheet, rows: CheckedRows, cuts: Cuts) -> list[Problem]:
-    first_lines: dict[str, int] = {}
+    first_lines: dict[tuple[str, int], int] = {}
     problems = []
+    views = rows.segments.views or [0] * len(rows.lines)
     for segment, clip_id in zip(cuts.segments, cuts.clip_ids, strict=True):
         line = rows.lines[segment]
-        first_line = first_lines.setdefault(clip_id, line)
+        first_line = first_lines.setdefault((clip_id, views[segment]), line)
         if first_line != line:
             column = "path" if rows.segments.clip_ids[segment] is None else "clip_id"
             message = (
                 f"clip_id {clip_id!r} is taken by {sheet.line_word} {first_line}; "
-                "give each row its own start_s or clip_id"
+                "give each row its own start_s, clip_id or view"
             )
             problems.append(Problem(sheet.file, line, column, message))
     return problems
@@ -104,8 +110,10 @@ def _clip_table(segments: Segments, cuts: Cuts, kept: Mapping[str, Any]) -> pa.T
     """The clips with what their rows say about them."""
     paths = pa.array(segments.paths, pa.string())
     owners = pa.array(cuts.segments, pa.int64())
+    views = segments.views or [0] * len(segments.paths)
     columns = {
         "clip_id": pa.array(cuts.clip_ids, pa.string()),
+        "view": pa.array(views, pa.int16()).take(owners),
         "path": paths.take(owners),
         "start_s": pa.array(cuts.starts_s, pa.float64()),
         "duration_s": pa.array(cuts.durations_s, pa.float64()),

@@ -18,6 +18,8 @@ class Segments:
     """The name that the user gave, if any."""
     starts_s: Sequence[float]
     durations_s: Sequence[float]
+    views: Sequence[int] | None = None
+    """The variant of each stretch; None where all are clean (0)."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,42 @@
+"""What an extraction runs on: tokens agree to the last bit only where this is the same."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+import torch
+
+from patchbank.pipeline.errors import EncoderError
+from patchbank.pipeline.specs import Json
+
+PACKAGES = ("patchbank", "torch", "torchaudio", "zarr", "numpy")
+
+
+def choose_device(device: str) -> str:
+    """`device`, with "auto" resolved; `EncoderError` where it is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise EncoderError(f"no device {device!r} here ({reason}); use --device cpu") from error
+    return device
+
+
+def default_batch_size(device: str) -> int:
+    """Clips encoded together where nobody says how many."""
+    return 16 if device == "cpu" else 64
+
+
+def environment(device: str) -> Json:
+    """Device without index, versions, and on a CPU the threads that share a sum."""
+    kind = device.split(":")[0]
+    threads = {"threads": torch.get_num_threads()} if kind == "cpu" else {}
+    return {
+        "device": kind,
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in PACKAGES},
+        **threads,
+    }

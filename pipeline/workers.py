@@ -1,0 +1,202 @@
+"""Dask runs an extraction: in this process, or on the workers of a scheduler that exists."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import pyarrow as pa
+from distributed import Client, Future, LocalCluster, WorkerPlugin, as_completed, get_worker
+
+from patchbank.pipeline.bank.quantised import ChannelConstants
+from patchbank.pipeline.errors import PatchbankError
+from patchbank.pipeline.shard import ExtractionJob, ShardExtractor, ShardReport
+from patchbank.pipeline.specs import Json
+
+SHARDS_PER_WORKER = 2
+"""Shard tasks that run at once in a worker, so that its pipeline never drains between shards."""
+FIRST_WORKER_S = 60.0
+WITHOUT_WORKERS_S = 300.0
+"""How long an extraction waits for a first worker, and for another when all are lost."""
+T = TypeVar("T")
+
+
+class Workers:
+    """The workers of a scheduler, each with the job's encoder; use `open_workers`."""
+
+    def __init__(self, client: Client, plugin: str) -> None:
+        self._client, self._plugin = client, plugin
+
+    def environment(self) -> Json:
+        """Device, versions and threads of one worker."""
+        return self._call(_environment)
+
+    def calibrate(
+        self, clips: pa.Table, layers: tuple[int, ...], batch_size: int
+    ) -> dict[int, ChannelConstants]:
+        """The channel constants of `layers` over `clips`."""
+        return self._call(_calibrate, clips, layers, batch_size)
+
+    def golden(self) -> None:
+        """Commits the golden clip, where it is not."""
+        self._call(_golden)
+
+    def extract(self, shards: Mapping[int, pa.Table], extraction: Json) -> Iterator[ShardReport]:
+        """Encodes and commits shards, each with its clips; reports come as they end.
+
+        `extraction` is what the bank's card says of the run. The shards of a lost worker go to
+        another; raises `PatchbankError` where none is left.
+        """
+        futures = [
+            self._client.submit(_extract, self._plugin, shard, clips, extraction, pure=False)
+            for shard, clips in shards.items()
+        ]
+        ended = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(futures, ended), daemon=True)
+        watch.start()
+        try:
+            for future in as_completed(futures, loop=self._client.loop):
+                yield _result(future)
+                future.release()
+        finally:
+            ended.set()
+            watch.join()
+
+    def _call(self, function: Callable[..., T], *arguments: object) -> T:
+        future = self._client.submit(function, self._plugin, *arguments, pure=False)
+        ended = threading.Event()
+        watch = threading.Thread(target=self._watch, args=([future], ended), daemon=True)
+        watch.start()
+        try:
+            result: T = _result(future)
+        finally:
+            ended.set()
+            watch.join()
+        return result
+
+    def _watch(self, futures: Sequence[Future[Any]], ended: threading.Event) -> None:
+        """Gives up where there has been no worker for too long."""
+        seen_s = time.monotonic()
+        while not ended.wait(1.0):
+            try:
+                there = self._client.scheduler_info(n_workers=-1)["workers"]
+            except (OSError, KeyError, RuntimeError):
+                there = {}
+            if there:
+                seen_s = time.monotonic()
+            elif time.monotonic() - seen_s > WITHOUT_WORKERS_S:
+                self._client.cancel(list(futures), force=True)
+                return
+
+
+def _result(future: Future[Any]) -> Any:
+    try:
+        return future.result()
+    except CancelledError as error:
+        raise PatchbankError(
+            f"no Dask worker for {WITHOUT_WORKERS_S:.0f} s; start some and run the same command "
+            "again: what is committed is not done again"
+        ) from error
+
+
+@contextmanager
+def open_workers(job: ExtractionJob, scheduler: str | None) -> Iterator[Workers]:
+    """Workers for a job, on the scheduler at that address or in this process.
+
+    Raises `PatchbankError` where the scheduler cannot be reached or has no worker, and what a
+    worker raises that cannot do the job: it does not see the bank, the audio or the weights.
+    """
+    # A scheduler may serve several extractions: each has a plugin of its own.
+    plugin = f"patchbank-{uuid.uuid4().hex}"
+    with _client(scheduler) as client:
+        client.register_plugin(_ExtractionPlugin(job), name=plugin)
+        try:
+            yield Workers(client, plugin)
+        finally:
+            client.unregister_worker_plugin(plugin)
+
+
+class _ExtractionPlugin(WorkerPlugin):
+    """Keeps one encoder alive in a worker, for all its shard tasks."""
+
+    def __init__(self, job: ExtractionJob) -> None:
+        self._job = job
+        self.extractor: ShardExtractor | None = None
+        self.error: Exception | None = None
+
+    def setup(self, worker: Any) -> None:
+        # A worker that raises here would be shut down; other people's tasks may run on it.
+        try:
+            self.extractor = ShardExtractor(self._job)
+        except Exception as error:
+            self.error = error
+
+    def teardown(self, worker: Any) -> None:
+        if self.extractor is not None:
+            self.extractor.close()
+
+
+def _extractor(plugin_name: str) -> ShardExtractor:
+    plugin = get_worker().plugins[plugin_name]
+    assert isinstance(plugin, _ExtractionPlugin)
+    if plugin.error is not None:
+        raise plugin.error
+    assert plugin.extractor is not None
+    return plugin.extractor
+
+
+def _environment(plugin_name: str) -> Json:
+    return _extractor(plugin_name).environment()
+
+
+def _calibrate(
+    plugin_name: str, clips: pa.Table, layers: tuple[int, ...], batch_size: int
+) -> dict[int, ChannelConstants]:
+    return _extractor(plugin_name).calibrate(clips, layers, batch_size)
+
+
+def _golden(plugin_name: str) -> None:
+    _extractor(plugin_name).golden()
+
+
+def _extract(plugin_name: str, shard: int, clips: pa.Table, extraction: Json) -> ShardReport:
+    return _extractor(plugin_name).extract(shard, clips, extraction)
+
+
+@contextmanager
+def _client(scheduler: str | None) -> Iterator[Client]:
+    if scheduler is not None:
+        try:
+            client = Client(scheduler, set_as_default=False)
+        except (OSError, ValueError, TimeoutError) as error:
+            raise PatchbankError(
+                f"no Dask scheduler answers at {scheduler}; start one with `dask scheduler`"
+            ) from error
+        with client:
+            try:
+                client.wait_for_workers(1, timeout=FIRST_WORKER_S)
+            except TimeoutError as error:
+                raise PatchbankError(
+                    f"the scheduler at {scheduler} has no worker; start one with "
+                    f"`dask worker {scheduler}` where patchbank is installed"
+                ) from error
+            yield client
+        return
+    with (
+        LocalCluster(
+            n_workers=1,
+            threads_per_worker=SHARDS_PER_WORKER,
+            processes=False,
+            # The default would listen on every interface of the machine.
+            dashboard_address="127.0.0.1:0",
+            worker_dashboard_address="127.0.0.1:0",
+            silence_logs=50,
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
