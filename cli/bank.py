@@ -1,4 +1,4 @@
-"""`patchbank bank`: looks at banks, proves them whole, removes them."""
+"""`patchbank bank`: looks at banks, proves them whole, joins, converts and removes them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from patchbank.pipeline.errors import BankCorrupt, BankError, BankNotFound, PatchbankError
+from patchbank.cli import convert
+from patchbank.pipeline.errors import (
+    BankCorrupt,
+    BankError,
+    BankMismatch,
+    BankNotFound,
+    PatchbankError,
+)
 
 if TYPE_CHECKING:
     from patchbank.pipeline.bank import Bank
 
 app = typer.Typer(
-    help="Look at banks, prove them whole, remove them.",
+    help="Look at banks, prove them whole, join, convert and remove them.",
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -24,6 +31,8 @@ app = typer.Typer(
 BankPath = Annotated[Path, typer.Argument(metavar="BANK", help="A bank's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Facts = dict[str, Any]
+app.command("merge")(convert.merge)
+app.command("convert")(convert.convert)
 
 
 @app.command()
@@ -32,17 +41,41 @@ def verify(
     quick: Annotated[
         bool, typer.Option("--quick", help="Sizes, records and indices only; reads no tokens.")
     ] = False,
+    encoder: Annotated[
+        str | None,
+        typer.Option(help="Also encode the golden clip with this encoder and compare."),
+    ] = None,
+    weights: Annotated[Path | None, typer.Option(help="Its checkpoint.")] = None,
+    device: Annotated[str, typer.Option(help="For --encoder: auto, cpu, cuda ...")] = "auto",
     json_output: AsJson = False,
 ) -> None:
-    """Check a bank against its seal and name every shard and row that differs."""
+    """Check a bank against its seal and name every shard and row that differs.
+
+    With --encoder, prove also that the encoder and its preprocessing, here, give the bank's tokens.
+    """
     import json
 
     from patchbank.pipeline.bank.verify import verify_bank
 
+    if weights is not None and encoder is None:
+        raise typer.BadParameter("--weights are those of an encoder; name it with --encoder")
     with byte_bar("verify") as progress:
         problems = verify_bank(bank, quick=quick, progress=progress)
+    golden: Facts = {}
+    if encoder is not None and not problems:
+        disagreements, golden = golden_problems(bank, encoder, weights, device)
+        if disagreements:
+            for problem in disagreements:
+                print(problem)
+            raise BankMismatch(
+                f"{bank} was not made by this encoder as it is here: {len(disagreements)} "
+                f"difference{'s' * (len(disagreements) > 1)}; use the weights and the versions "
+                f"that `patchbank bank show {bank}` names",
+                {},
+            )
     if json_output:
-        print(json.dumps({"bank": str(bank), "quick": quick, "problems": problems}))
+        facts = {"bank": str(bank), "quick": quick, "problems": problems}
+        print(json.dumps(facts | ({"golden": golden} if encoder is not None else {})))
     else:
         for problem in problems:
             print(problem)
@@ -53,6 +86,23 @@ def verify(
         )
     if not json_output:
         print(f"{bank}: whole{', as far as a quick check sees' * quick}")
+        for name, error in golden.items():
+            print(f"golden clip, {name}: agrees, largest error {error:.1e} of the largest value")
+
+
+def golden_problems(
+    bank: Path, encoder: str, weights: Path | None, device: str
+) -> tuple[tuple[str, ...], Facts]:
+    """Where an encoder disagrees with the golden clip of a bank, and the errors of every step."""
+    from patchbank.pipeline.bank import open_bank
+    from patchbank.pipeline.encoders import load_encoder
+    from patchbank.pipeline.environment import choose_device
+    from patchbank.pipeline.golden import check_golden
+
+    chosen = choose_device(device)
+    model = load_encoder(encoder, weights=weights, device=chosen)
+    check = check_golden(open_bank(bank), model, device=chosen)
+    return check.problems, dict(check.errors)
 
 
 @contextmanager
@@ -101,11 +151,15 @@ def show(bank: BankPath, json_output: AsJson = False) -> None:
 
 def bank_facts(bank: Bank) -> Facts:
     """What `bank show --json` prints."""
+    from patchbank.probing.measure import read_measurements
+
     card, clips = bank.card, bank.clips.select(["status", "reason"]).to_pylist()
     reasons = Counter(str(row["reason"]) for row in clips if row["status"] == 2)
     return {
         "bank": str(bank.path),
         "fingerprint": bank.fingerprint,
+        "recipe_id": bank.recipe_id,
+        "root_sha256": bank.root_sha256,
         "encoder": card["encoder"]["name"],
         "encoder_id": bank.encoder_id,
         "weights_sha256": card["encoder"]["weights_sha256"],
@@ -114,12 +168,31 @@ def bank_facts(bank: Bank) -> Facts:
         "window": card["window"],
         "sample_rate_hz": card["encoder"]["sample_rate_hz"],
         "clips": bank.n_clips,
+        "views": sum(bool(view) for view in bank.clips["view"].to_pylist()),
+        "generations": list(bank.schema.generations),
+        "holes": bank.n_rows - bank.n_clips,
         "failed": sum(reasons.values()),
         "reasons": dict(reasons.most_common()),
         "bytes": bank.seal.bank_bytes,
+        "bytes_of": bytes_by_kind(bank),
+        "shards": bank.schema.n_shards,
+        "rows_per_shard": bank.schema.rows_per_shard,
+        "extraction": card["extraction"],
+        "derived_from": card.get("derived_from", []),
+        "measured": read_measurements(bank),
         "licence": card["licence"],
         "source": card["source"],
     }
+
+
+def bytes_by_kind(bank: Bank) -> dict[str, int]:
+    """Bytes of each token array, and of everything else."""
+    paths = [array.path for array in bank.schema.arrays()]
+    sizes = dict.fromkeys([*paths, "other"], 0)
+    for name, file in bank.seal.files.items():
+        folder = name.rpartition("/")[0]
+        sizes[folder if folder in sizes else "other"] += file.size
+    return sizes
 
 
 def readable_facts(facts: Facts) -> Iterator[tuple[str, str]]:
@@ -134,19 +207,43 @@ def readable_facts(facts: Facts) -> Iterator[tuple[str, str]]:
     for layer, spec in facts["layers"].items():
         grid = f"{spec['grid']['time']} x {spec['grid']['freq']} patches of {spec['dim']}"
         prefix = f" and {spec['n_prefix']} prefix" if spec["n_prefix"] else ""
-        yield f"layer {layer}", f"{grid}{prefix}, {spec['meaning']}"
+        n_bytes = sum(n for path, n in facts["bytes_of"].items() if f"/{layer}/" in path)
+        yield f"layer {layer}", f"{grid}{prefix}, {spec['meaning']}, {human_bytes(n_bytes)}"
     yield "dtype", facts["dtype"]
+    for line in readable_measurements(facts["measured"]):
+        yield "", line
     yield (
         "window",
         f"{window['window_s']:g} s every {window['hop_s']:g} s at {facts['sample_rate_hz']} Hz, "
         f"pad {window['pad']}",
     )
-    yield "clips", f"{facts['clips']}, {facts['failed']} failed"
+    views = f", {facts['views']} of them views" if facts["views"] else ""
+    yield "clips", f"{facts['clips']}{views}, {facts['failed']} failed"
     for reason, n_clips in facts["reasons"].items():
         yield "", f"{n_clips} x {reason}"
-    yield "size", human_bytes(facts["bytes"])
+    if facts["holes"]:
+        grown = " + ".join(map(str, facts["generations"]))
+        yield "", f"came as {grown}; {facts['holes']} empty slots between"
+    yield "size", f"{human_bytes(facts['bytes'])} in {facts['shards']} shards a layer"
+    ran = facts["extraction"]
+    versions = ", ".join(f"{name} {v}" for name, v in ran["versions"].items() if name != "zarr")
+    yield "computed", f"on {ran['device']}, {ran['batch_size']} clips a batch; {versions}"
+    for parent in facts["derived_from"]:
+        yield "made from", f"{parent['fingerprint'][:12]}, {parent['stored_dtype']}"
     yield "licence", facts["licence"] or "not stated"
     yield "source", facts["source"] or "not stated"
+
+
+def readable_measurements(measured: list[Facts]) -> Iterator[str]:
+    """What other stored types cost the probes, a line a label table."""
+    for facts in measured:
+        points = ", ".join(
+            f"{name} {100 * change:+.2f}" for name, change in facts["changes"].items()
+        )
+        yield (
+            f"against {facts['reference']}: {points} points of {facts['metric']} "
+            f"({facts['labels']}, {facts['n_seeds']} seeds)"
+        )
 
 
 def print_fact(name: str, value: str) -> None:
@@ -244,16 +341,22 @@ def remove(
     bank: BankPath,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Remove a bank, sealed or not; nothing that is no bank, and no link."""
+    """Remove a bank, sealed or not; nothing that is no bank, no link, none that is being made."""
     import shutil
     import uuid
 
     from patchbank.pipeline.bank.card import read_attributes
+    from patchbank.pipeline.bank.commit import live_attempts
+    from patchbank.pipeline.bank.growth import next_folder
 
     if bank.is_symlink():
         raise PatchbankError(f"{bank} is a link to {bank.readlink()}; remove the link with rm")
     card = read_attributes(bank).get("card")
-    n_clips = card.get("n_rows") if isinstance(card, dict) else "unknown"
+    n_clips = card.get("n_rows", "unknown") if isinstance(card, dict) else "unknown"
+    if working := live_attempts(bank) | live_attempts(next_folder(bank)):
+        raise PatchbankError(
+            f"an extraction works on {bank} now ({len(working)} shards under way); stop it first"
+        )
     if not yes:
         typer.confirm(f"Remove {bank} ({n_clips} clips)?", abort=True, err=True)
     # Renamed first: a removal that is cut short leaves nothing that looks like a bank.

@@ -37,7 +37,8 @@ def added_clips(known: pa.Table, table: pa.Table, *, bank: Path) -> pa.Table:
         )
     _check_unchanged(known, table.take([place_of[key] for key in _keys(known)]), bank=bank)
     there = set(_keys(known))
-    return table.take([row for key, row in place_of.items() if key not in there])
+    new = [row for key, row in place_of.items() if key not in there]
+    return table.take(pa.array(new, pa.int64()))
 
 
 def _keys(table: pa.Table) -> list[tuple[Any, ...]]:

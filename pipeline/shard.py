@@ -94,6 +94,11 @@ class ShardExtractor:
         self._job = job
         if not job.audio_root.is_dir():
             raise ManifestError([_not_seen(job.audio_root, "--audio-root")])
+        if job.weights is not None and not job.weights.exists():
+            raise EncoderError(
+                f"{socket.gethostname()} finds no weights at {job.weights}; every worker needs "
+                "them under that path"
+            )
         self._device = choose_device(job.device)
         self._encoder = load_encoder(
             job.recipe.encoder.name, weights=job.weights, device=self._device
@@ -174,11 +179,16 @@ class ShardExtractor:
                     f"golden clip, layer {suffix.replace('_', ' ')}: token values are NaN or "
                     "infinite; check the weights"
                 )
-        with open_attempt(folder, "golden") as attempt:
-            write_golden(attempt, frames, waveform, tokens)
-            paths = sorted(path for path in (attempt / "golden").rglob("*") if path.is_file())
-            files = [hash_file(path, relative_to=attempt) for path in paths]
-            commit(folder, attempt, "golden", files, {})
+        try:
+            with open_attempt(folder, "golden") as attempt:
+                write_golden(attempt, frames, waveform, tokens)
+                paths = sorted(path for path in (attempt / "golden").rglob("*") if path.is_file())
+                files = [hash_file(path, relative_to=attempt) for path in paths]
+                commit(folder, attempt, "golden", files, {})
+        except FileNotFoundError:
+            # A faster process that sealed the bank removes the attempts of the others.
+            if read_record(folder, "golden") is None:
+                raise
 
     def extract(self, shard: int, clips: pa.Table, extraction: Json) -> ShardReport:
         """Decodes, encodes, writes and commits the rows of one shard.
@@ -186,15 +196,18 @@ class ShardExtractor:
         A shard that another process has committed meanwhile is left alone. `extraction` is what the
         bank's card says of the run: its batch size, and what it was begun with.
         """
-        if (report := self._committed(shard)) is not None:
+        if (report := self._committed(shard, clips)) is not None:
             return report
-        self._check_visible()
         try:
+            self._check_visible()
             with open_attempt(self._job.folder, shard_name(shard)) as attempt:
+                # A worker that was stopped for long may come here when all is done.
+                if (report := self._committed(shard, clips)) is not None:
+                    return report
                 return self._extract(attempt, shard, clips, extraction)
-        except FileNotFoundError:
+        except (FileNotFoundError, BankError):
             # A faster process that sealed the bank removes the attempts of the others.
-            report = self._committed(shard)
+            report = self._committed(shard, clips)
             if report is None:
                 raise
             return report
@@ -206,11 +219,11 @@ class ShardExtractor:
                 "disk that all workers share, under the same path"
             )
 
-    def _committed(self, shard: int) -> ShardReport | None:
+    def _committed(self, shard: int, clips: pa.Table) -> ShardReport | None:
         # A growth that another process has finished lies in the bank itself.
         for folder in {self._job.folder, self._job.bank}:
             record = read_record(folder, shard_name(shard))
-            if record is not None:
+            if record is not None and record["rows_sha256"] == rows_digest(clips):
                 return ShardReport(shard, record["n_done"], record["n_failed"])
         return None
 
@@ -229,7 +242,7 @@ class ShardExtractor:
         record: Json = {"n_done": n_done, "n_failed": n_failed, "rows_sha256": rows_digest(clips)}
         here = self.environment()
         if here != {key: value for key, value in extraction.items() if key != "batch_size"}:
-            record["extraction"] = here
+            record["extraction"] = [here]
         commit(self._job.folder, attempt, shard_name(shard), files, record)
         return ShardReport(shard, n_done, n_failed)
 
@@ -392,8 +405,9 @@ def small_values_of(
 
 
 def write_part(folder: Path, shard: int, table: pa.Table) -> FileRecord:
-    """Writes a shard's part file below `folder`."""
+    """Writes a shard's part file below `folder`, which must be there."""
     sink = io.BytesIO()
     pq.write_table(table, sink)
+    (folder / part_path(shard)).parent.mkdir(exist_ok=True)
     write_durably(folder / part_path(shard), sink.getvalue())
     return hash_file(folder / part_path(shard), relative_to=folder)

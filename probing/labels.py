@@ -2,7 +2,8 @@
 
 The `labels` column holds class names with `;` between them; an empty cell says that a clip has
 none of the classes. A row is keyed by `clip_id`, by `path` (all clips of that recording) or by
-`path,start_s,end_s` (an event: every clip that overlaps it gets its labels).
+`path,start_s,end_s` (an event: every clip that overlaps it gets its labels). A view has the labels
+of its clip, and of every clip that is mixed into it.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def read_labels(
         _join_events(join, known_names)
     else:
         _join_keyed(join, known_names, key)
+    _add_mixes(join)
     return _finish(join, task=task, allow_unlabelled=allow_unlabelled)
 
 
@@ -179,6 +181,28 @@ def _event(join: _Join, row: int) -> tuple[float, float] | None:
         join.problems.append(join.table.problem(row, "end_s", message))
         return None
     return bounds[0], bounds[1]
+
+
+def _add_mixes(join: _Join) -> None:
+    """Gives views the labels of their clean clip and of all that is mixed into them."""
+    clips = join.clips
+    views = clips.column("view").to_pylist()
+    if not any(views):
+        return
+    ids = clips.column("clip_id").to_pylist()
+    clean = {ids[row]: row for row, view in enumerate(views) if view == 0}
+    mixes = (
+        clips.column("mix_sources").to_pylist()
+        if "mix_sources" in clips.column_names
+        else [None] * len(ids)
+    )
+    for row in (row for row, view in enumerate(views) if view):
+        sources = [clean[name] for name in (ids[row], *(mixes[row] or ())) if name in clean]
+        for source in sources:
+            join.targets[row] = np.maximum(join.targets[row], join.targets[source])
+        # What is known of a mix is known of all its parts, or of none.
+        lines = join.line[sources]
+        join.line[row] = lines[0] if len(lines) and lines.all() else 0
 
 
 def _mark(join: _Join, rows: Int[np.ndarray, " row"], classes: list[int], row: int) -> None:

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
-from patchbank.pipeline.bank.reader import Bank, RowPlaces
-from patchbank.pipeline.errors import BankError
+from patchbank.pipeline.bank.reader import ADVICE, Bank, RowPlaces
+from patchbank.pipeline.errors import BankCorrupt, BankError
 from patchbank.probing.decoding import decoder, float_tensor
 from patchbank.probing.plan import BatchRows, batches, sequential
 
@@ -91,19 +91,32 @@ class TokenReader:
         self._places = places
         self._shards: dict[int, Mapped] = {}
         self._slot: Tokens | None = None
-        self._all = self._gather_all() if tier == "ram" else None
+        is_there = places.offset >= 0
+        # Holes take no memory: they may be any number of rows.
+        self._order = np.cumsum(is_there) - 1
+        self._all = self._gather_all(np.flatnonzero(is_there)) if tier == "ram" else None
 
     def read(self, rows: Rows) -> Tokens:
-        """The tokens of `rows`, in that order; valid until the next call."""
+        """The tokens of `rows`, in that order; valid until the next call.
+
+        Raises `BankError` for a hole and `BankCorrupt` where a shard file has lost rows since the
+        bank was opened. A file that is cut while it is mapped ends the process (SIGBUS).
+        """
+        missing = self._places.offset[rows] < 0
+        if missing.any():
+            raise BankError(f"row {int(rows[np.argmax(missing)])} has no tokens: it is a hole")
         if self._all is not None:
             # Any other mode would make numpy copy the result once more.
-            return np.take(self._all, rows, axis=0, out=self._slot_for(len(rows)), mode="clip")
+            out = self._slot_for(len(rows))
+            return np.take(self._all, self._order[rows], axis=0, out=out, mode="clip")
         view = self._consecutive(rows)
         return view if view is not None else self._gather(rows, self._slot_for(len(rows)))
 
-    def _gather_all(self) -> Tokens:
-        rows = np.arange(len(self._places.offset))
-        return self._gather(rows, self._empty(len(rows)))
+    def _gather_all(self, rows: Rows) -> Tokens:
+        every = self._empty(len(rows))
+        self._gather(rows, every)
+        self._shards.clear()
+        return every
 
     def _empty(self, n_rows: int) -> Tokens:
         array = self._places.array
@@ -127,9 +140,26 @@ class TokenReader:
 
     def _shard(self, shard: int) -> Mapped:
         if shard not in self._shards:
-            # Copy-on-write, so that torch may wrap it; nothing is ever written.
-            self._shards[shard] = np.memmap(self._places.files[shard], np.uint8, mode="c")
+            self._shards[shard] = self._map(shard)
         return self._shards[shard]
+
+    def _map(self, shard: int) -> Mapped:
+        """The file of a shard, up to the end of its last row; `BankCorrupt` where it ends sooner."""
+        places, path = self._places, self._places.files[shard]
+        first = shard * places.rows_per_shard
+        offsets = places.offset[first : first + places.rows_per_shard]
+        n_bytes = int(offsets.max()) + places.array.row_bytes
+        try:
+            # Copy-on-write, so that torch may wrap it; nothing is ever written.
+            mapped = np.memmap(path, np.uint8, mode="c")
+        except (OSError, ValueError) as error:
+            raise BankCorrupt(f"{path}: {error}; {ADVICE}") from error
+        if len(mapped) < n_bytes:
+            raise BankCorrupt(
+                f"{path} has {len(mapped)} bytes, its rows end at {n_bytes}; it was cut after the "
+                f"bank was opened; {ADVICE}"
+            )
+        return mapped
 
     def _consecutive(self, rows: Rows) -> Tokens | None:
         """A strided view of the mapped file, where the rows lie one after another in it."""
@@ -192,8 +222,10 @@ class BankSource:
         array = bank.array(self.layer)
         self.n_rows, self.n_patches, self.dim = bank.n_rows, array.n_tokens, array.dim
         self.n_prefix = bank.schema.layers[bank.layers.index(self.layer)].n_prefix
-        self.tier = choose_tier(self.n_rows * array.row_bytes, tier)
-        self._patches = TokenReader(bank.places(self.layer), tier=self.tier)
+        places = bank.places(self.layer)
+        n_stored = int((places.offset >= 0).sum())
+        self.tier = choose_tier(n_stored * array.row_bytes, tier)
+        self._patches = TokenReader(places, tier=self.tier)
         self._prefix = (
             TokenReader(bank.places(self.layer, "prefix"), tier=self.tier)
             if self.n_prefix

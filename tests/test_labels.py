@@ -244,3 +244,24 @@ def test_a_wrong_vocabulary_says_where_and_what(
 def test_a_missing_vocabulary_is_named(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="there is no such file"):
         read_vocabulary(tmp_path / "v.txt")
+
+
+def test_a_view_has_the_labels_of_all_that_is_mixed_into_it(tmp_path: Path) -> None:
+    clips = clip_table(
+        5,
+        clip_id=["a", "b", "c", "a", "b"],
+        view=[0, 0, 0, 1, 1],
+        mix_sources=[[], [], [], ["c", "b"], []],
+    )
+    path = write(tmp_path, "clip_id,labels\na,dog\nb,\nc,cat;owl\n")
+    labels = read_labels(path, clips)
+    assert found(labels) == [{"dog"}, set(), {"cat", "owl"}, {"dog", "cat", "owl"}, set()]
+    assert labels.known.all()
+
+
+def test_a_mix_with_an_unlabelled_clip_is_unlabelled(tmp_path: Path) -> None:
+    clips = clip_table(3, clip_id=["a", "b", "a"], view=[0, 0, 1], mix_sources=[[], [], ["b"]])
+    path = write(tmp_path, "clip_id,labels\na,dog;cat\n")
+    labels = read_labels(path, clips, allow_unlabelled=True)
+    assert labels.known.tolist() == [True, False, False]
+    assert labels.n_unlabelled == 2

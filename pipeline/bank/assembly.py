@@ -138,7 +138,8 @@ def clips_schema(sources: Sequence[RowSource]) -> pa.Schema:
         if isinstance(source, HoleRows):
             continue
         for found in source.clips(range(1)).schema:
-            fields.setdefault(found.name, found.with_nullable(True))
+            if found.name not in fields or pa.types.is_null(fields[found.name].type):
+                fields[found.name] = found.with_nullable(True)
     return pa.schema(list(fields.values()))
 
 

@@ -21,13 +21,16 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from patchbank.pipeline.bank.seal_record import NO_JSON, file_record
+from patchbank.pipeline.bank.seal_record import NO_JSON, SEAL, file_record
 from patchbank.pipeline.bank.writer import FileRecord, fsync_folder, fsync_tree, write_durably
 from patchbank.pipeline.errors import BankCorrupt, BankError
 from patchbank.pipeline.specs import Json
 
 WORK = ".work"
+NEXT = f"{WORK}/next"
+"""Where the shards of a growth lie until the bank is sealed again."""
 LOCK = "lock"
+DRAFT = "commit.json"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system without locks answers."""
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK)
@@ -35,18 +38,50 @@ NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLI
 
 @contextmanager
 def open_attempt(bank: Path, name: str) -> Iterator[Path]:
-    """A fresh folder under `.work/`, removed at the end unless a kill comes first."""
-    # Never the bank itself: where it is not, this machine does not see the shared disk.
-    (bank / WORK).mkdir(exist_ok=True)
-    attempt = bank / WORK / f"{name}.{uuid.uuid4().hex}"
-    attempt.mkdir()
-    descriptor = os.open(attempt / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    """A fresh folder under `.work/`, removed at the end unless a kill comes first.
+
+    Raises `FileNotFoundError` where `bank` is not there, or another process seals it meanwhile.
+    """
+    attempt, descriptor = _locked_attempt(bank, name)
     try:
-        _lock(descriptor)
         yield attempt
-    finally:
+    except BaseException:
+        # What is committed but not yet in place is left to `recover`.
+        if not _is_linked(attempt):
+            shutil.rmtree(attempt, ignore_errors=True)
+        raise
+    else:
         shutil.rmtree(attempt, ignore_errors=True)
+    finally:
         os.close(descriptor)
+        if (bank / SEAL).is_file():
+            # Of a worker that was given up and woke after the seal; nobody else clears it.
+            with contextlib.suppress(OSError):
+                (bank / WORK).rmdir()
+
+
+def _locked_attempt(bank: Path, name: str) -> tuple[Path, int]:
+    while True:
+        # Never the bank itself: where it is not, this machine does not see the shared disk.
+        (bank / WORK).mkdir(exist_ok=True)
+        attempt = bank / WORK / f"{name}.{uuid.uuid4().hex}"
+        attempt.mkdir()
+        with contextlib.ExitStack() as undo:
+            undo.callback(shutil.rmtree, attempt, ignore_errors=True)
+            descriptor = os.open(attempt / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+            undo.callback(os.close, descriptor)
+            _lock(descriptor)
+            # Before the lock, `recover` may have taken the attempt for a dead one.
+            if (attempt / LOCK).is_file():
+                undo.pop_all()
+                return attempt, descriptor
+
+
+def _is_linked(attempt: Path) -> bool:
+    try:
+        return (attempt / DRAFT).stat().st_nlink > 1
+    except OSError:
+        return False
 
 
 def _lock(descriptor: int) -> None:
@@ -65,17 +100,27 @@ def _lock(descriptor: int) -> None:
 @contextmanager
 def owning(bank: Path) -> Iterator[None]:
     """Holds a bank's lock: one process at a time recovers or seals it."""
+    descriptor = _owned(bank)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _owned(bank: Path) -> int:
+    path = bank / WORK / "seal.lock"
     while True:
-        (bank / WORK).mkdir(exist_ok=True)
-        path = bank / WORK / "seal.lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            _lock(descriptor)
-            # Who held it before may have sealed the bank and removed the lock with `.work/`.
-            if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
-                yield
-                return
-        finally:
+        # Who holds it may seal the bank meanwhile and remove the lock with `.work/`.
+        path.parent.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                _lock(descriptor)
+                if path.stat().st_ino == os.fstat(descriptor).st_ino:
+                    return descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
             os.close(descriptor)
 
 
@@ -95,9 +140,12 @@ def commit(bank: Path, attempt: Path, name: str, files: Iterable[FileRecord], fa
     `files` have paths relative to the attempt, which are also their paths in the bank.
     """
     record = {"name": name, **facts, "files": [asdict(file) for file in files]}
-    draft = attempt / "commit.json"
+    draft = attempt / DRAFT
     write_durably(draft, json.dumps(record, indent=1, sort_keys=True).encode())
     fsync_tree(attempt)
+    if not (attempt / LOCK).is_file():
+        # Cleared away while its process was stopped; what was written since is not all of it.
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(attempt / LOCK))
     try:
         os.link(draft, record_path(bank, name))
     except FileExistsError:
@@ -152,34 +200,47 @@ def recover_owned(bank: Path) -> None:
         if record is None or not _missing_files(bank, record):
             continue
         own = record_path(bank, name).read_bytes()
-        for draft in (bank / WORK).glob(f"{name}.*/commit.json"):
+        for draft in (bank / WORK).glob(f"{name}.*/{DRAFT}"):
             with contextlib.suppress(FileNotFoundError):
                 if draft.read_bytes() == own:
                     _publish(bank, draft.parent, record)
         if _missing_files(bank, record):
             record_path(bank, name).unlink(missing_ok=True)
     for attempt in (bank / WORK).glob("*.*/"):
-        if _is_dead(attempt):
-            shutil.rmtree(attempt, ignore_errors=True)
+        with _dead(attempt) as is_dead:
+            if is_dead:
+                shutil.rmtree(attempt, ignore_errors=True)
 
 
 def live_attempts(bank: Path) -> set[str]:
     """Names of the shards and other work that some process works on now."""
-    attempts = (bank / WORK).glob("*.*/")
-    return {path.name.rpartition(".")[0] for path in attempts if not _is_dead(path)}
+    alive = set()
+    for attempt in (bank / WORK).glob("*.*/"):
+        with _dead(attempt) as is_dead:
+            if not is_dead:
+                alive.add(attempt.name.rpartition(".")[0])
+    return alive
 
 
-def _is_dead(attempt: Path) -> bool:
+@contextmanager
+def _dead(attempt: Path) -> Iterator[bool]:
+    """Whether the attempt's process is dead; meanwhile no process begins to work in it."""
     try:
         descriptor = os.open(attempt / LOCK, os.O_RDWR)
     except OSError:
-        return False  # just being made, or just being removed
+        yield False  # just being made, or just being removed
+        return
+    try:
+        yield _locks_at_once(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _locks_at_once(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
-    finally:
-        os.close(descriptor)
     return True
 
 
@@ -204,11 +265,14 @@ def _has_size(path: Path, size: int) -> bool:
 def _publish(bank: Path, attempt: Path, record: Json) -> None:
     folders = set()
     for file in record["files"]:
-        target = bank / file["path"]
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # Another process that recovers may have been faster with the same file.
+        source, target = attempt / file["path"], bank / file["path"]
+        # Another process that recovers may have been faster with the same file; it may even have
+        # sealed the bank, so that no folder is made for nothing.
         with contextlib.suppress(FileNotFoundError):
-            (attempt / file["path"]).replace(target)
+            source.stat()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            source.replace(target)
             folders.add(target.parent)
     for folder in folders:
-        fsync_folder(folder)
+        with contextlib.suppress(FileNotFoundError):
+            fsync_folder(folder)

@@ -11,33 +11,16 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import pyarrow as pa
-from jaxtyping import Shaped
-from numpy import ndarray
-
 from patchbank.pipeline.bank.assembly import PartRows, RowSource, with_holes
-from patchbank.pipeline.bank.commit import WORK, owning, recover_owned
-from patchbank.pipeline.bank.reader import Bank
-from patchbank.pipeline.bank.schema import BankSchema, SmallArray
+from patchbank.pipeline.bank.commit import NEXT, WORK, owning, recover_owned
+from patchbank.pipeline.bank.reader import Bank, open_bank
+from patchbank.pipeline.bank.rows import BankRows
+from patchbank.pipeline.bank.schema import BankSchema, create_skeleton
 from patchbank.pipeline.bank.seal import check_committed, file_records, gather, write_seal
 from patchbank.pipeline.bank.seal_record import SEAL
 from patchbank.pipeline.bank.writer import fsync_folder
-
-NEXT = f"{WORK}/next"
-
-
-class BankRows:
-    """The rows of a sealed bank."""
-
-    def __init__(self, bank: Bank) -> None:
-        self._bank = bank
-        self.n_rows = bank.n_rows
-
-    def small(self, array: SmallArray, rows: range) -> Shaped[ndarray, "row ..."]:
-        return self._bank.small(array, rows)
-
-    def clips(self, rows: range) -> pa.Table:
-        return self._bank.clips.slice(rows.start, len(rows))
+from patchbank.pipeline.errors import BankError
+from patchbank.pipeline.specs import Json
 
 
 def next_folder(bank: Path) -> Path:
@@ -45,16 +28,65 @@ def next_folder(bank: Path) -> Path:
     return bank / NEXT
 
 
+def open_settled(bank: Path) -> Bank | None:
+    """The bank at a folder as it is between growths; None where it was never sealed.
+
+    Finishes a growth that was killed after its seal was written, and waits for one that another
+    process just moves in. Raises what `open_bank` does.
+    """
+    while True:
+        finish_growth(bank)
+        seal = _seal_bytes(bank)
+        opened: Bank | None = None
+        problem: BankError | None = None
+        try:
+            opened = None if seal is None else open_bank(bank)
+        except BankError as error:
+            problem = error
+        if (next_folder(bank) / SEAL).is_file() or _seal_bytes(bank) != seal:
+            continue  # what was read meanwhile may be of two banks
+        if problem is not None:
+            raise problem
+        return opened
+
+
+def _seal_bytes(bank: Path) -> bytes | None:
+    try:
+        return (bank / SEAL).read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def is_current(bank: Bank) -> bool:
+    """Whether a bank still has the seal that it was opened with."""
+    try:
+        return open_bank(bank.path).root_sha256 == bank.root_sha256
+    except BankError:
+        return False
+
+
+def begin_growth(old: Bank, schema: BankSchema, attributes: Json) -> None:
+    """Makes the folder of a growth, which another process may have made; `schema` is the grown
+    bank's. Does nothing where `old` has grown meanwhile."""
+    work = next_folder(old.path)
+    with owning(old.path):
+        if is_current(old) and not (work / "zarr.json").is_file():
+            # Empty folders of a growth that was killed after its last file was moved in.
+            shutil.rmtree(work, ignore_errors=True)
+            create_skeleton(work, schema, attributes)
+
+
 def seal_growth(old: Bank, schema: BankSchema) -> None:
     """Completes a growth whose new shards are all committed; `schema` is the grown bank's.
 
-    Raises `BankIncomplete` where a shard is not committed.
+    Does nothing where `old` has grown meanwhile. Raises `BankIncomplete` where a shard is not
+    committed.
     """
     bank, work = old.path, next_folder(old.path)
     with owning(bank):
-        if not work.is_dir():
-            return  # another process was faster
         if not (work / SEAL).is_file():
+            if not is_current(old):
+                return
             new_shards = range(old.schema.n_shards, schema.n_shards)
             with owning(work):
                 recover_owned(work)

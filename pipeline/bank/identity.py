@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from patchbank.pipeline.bank.schema import HOLE
+from patchbank.pipeline.bank.schema import HOLE, TokenArray
 from patchbank.pipeline.specs import Json, canonical_json, digest
 
 FINGERPRINT_COLUMNS = ("clip_id", "view", "path", "start_s", "duration_s", "audio_sha256", "status")
@@ -53,6 +54,11 @@ def table_of(clips: pa.Table) -> pa.Table:
     names = [name for name in clips.column_names if not is_bank_column(name)]
     order = [*TABLE_COLUMNS, *(name for name in names if name not in TABLE_COLUMNS)]
     return clips.filter(pc.not_equal(clips["status"], HOLE)).select(order)
+
+
+def digest_columns(arrays: Iterable[TokenArray]) -> list[str]:
+    """The columns of clips.parquet that hold the checksums of token arrays."""
+    return [f"{kind}_{array.column_suffix}" for array in arrays for kind in ("sha256", "crc32c")]
 
 
 def is_bank_column(name: str) -> bool:

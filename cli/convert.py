@@ -1,0 +1,224 @@
+"""`patchbank bank merge` and `bank convert`: banks made from other banks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from patchbank.cli.choices import StoredDType
+from patchbank.cli.extract import parse_layers
+from patchbank.pipeline.errors import PatchbankError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from patchbank.pipeline.bank import Bank
+
+OutPath = Annotated[Path, typer.Option("--out", help="The bank to make or to finish.")]
+
+
+def merge(
+    banks: Annotated[list[Path], typer.Argument(metavar="BANK...", help="Two banks or more.")],
+    out: OutPath,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="Copy rows into new shards, without holes.")
+    ] = False,
+) -> None:
+    """Join banks of one recipe. Tokens are linked, not written again, where shards allow it."""
+    from patchbank.pipeline.bank import open_bank
+
+    if len(banks) < 2:
+        raise typer.BadParameter("name at least two banks")
+    opened = [open_bank(path) for path in banks]
+    with shard_bar("merge") as progress:
+        if compact or len({bank.schema.rows_per_shard for bank in opened}) > 1:
+            from patchbank.pipeline.rebuild import rebuild_bank
+
+            made = rebuild_bank(opened, out, progress=progress)
+        else:
+            from patchbank.pipeline.bank.join import join_banks
+
+            made = join_banks(opened, out, progress=progress)
+    print_made(made)
+
+
+def convert(
+    bank: Annotated[Path, typer.Argument(metavar="BANK", help="A sealed bank.")],
+    out: OutPath,
+    dtype: Annotated[StoredDType | None, typer.Option(help="Another stored type.")] = None,
+    layers: Annotated[str, typer.Option(help="all, last, or 1-based layers: 3,6,12.")] = "all",
+    split: Annotated[
+        list[str] | None, typer.Option(help="Only clips of this split; repeat it for several.")
+    ] = None,
+    clips: Annotated[
+        Path | None, typer.Option(help="Only these clips: a table with clip_id or path.")
+    ] = None,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="Leave out the holes of a bank that has grown.")
+    ] = False,
+    measure: Annotated[
+        Path | None,
+        typer.Option(help="Labels: train probes on both banks, note what the type changes."),
+    ] = None,
+    splits: Annotated[Path | None, typer.Option(help="For --measure: table of splits.")] = None,
+    folds: Annotated[str | None, typer.Option(help="For --measure: column of folds.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="For --measure: runs of each probe.")] = 5,
+) -> None:
+    """Make another bank of a bank: other type, fewer layers or clips, no holes."""
+    from patchbank.pipeline.bank import open_bank
+
+    source = open_bank(bank)
+    rows = chosen_rows(source, split or [], clips)
+    if measure is not None and rows is not None:
+        raise typer.BadParameter("--measure compares banks of the same clips: no --split, --clips")
+    with shard_bar("convert") as progress:
+        made = converted(
+            source,
+            out,
+            dtype=dtype,
+            layers=chosen_layers(source, layers),
+            rows=rows,
+            compact=compact,
+            progress=progress,
+        )
+    print_made(made)
+    if measure is not None:
+        note_change(source, made, measure, splits=splits, folds=folds, seeds=seeds)
+
+
+def converted(
+    source: Bank,
+    out: Path,
+    *,
+    dtype: StoredDType | None,
+    layers: Sequence[int],
+    rows: np.ndarray | None,
+    compact: bool,
+    progress: Callable[[int, int], None],
+) -> Bank:
+    """The bank that `convert` makes, by links where no token has to be written."""
+    same_type = dtype is None or dtype.value == source.schema.stored_dtype
+    if same_type and rows is None and not compact:
+        if list(layers) == list(source.layers):
+            raise typer.BadParameter(
+                "nothing to convert; give --dtype, --layers, --split, --clips or --compact"
+            )
+        from patchbank.pipeline.bank.join import join_banks
+
+        return join_banks([source], out, layers=layers, progress=progress)
+    from patchbank.pipeline.rebuild import rebuild_bank
+
+    return rebuild_bank(
+        [source],
+        out,
+        dtype=None if dtype is None else dtype.value,
+        layers=layers,
+        rows=None if rows is None else [rows],
+        progress=progress,
+    )
+
+
+def chosen_layers(bank: Bank, text: str) -> list[int]:
+    """The layers that the option names; `BankError` where the bank lacks one."""
+    layers = parse_layers(text)
+    if layers == "all":
+        return list(bank.layers)
+    if layers == "last":
+        return [bank.layers[-1]]
+    return sorted({bank.resolve_layer(int(layer)) for layer in layers})
+
+
+def chosen_rows(bank: Bank, splits: Sequence[str], clips: Path | None) -> np.ndarray | None:
+    """The rows that the options leave, in order; None where they leave all."""
+    import numpy as np
+
+    if not splits and clips is None:
+        return None
+    keep = np.isin(bank.status, (1, 2))
+    if splits:
+        if "split" not in bank.clips.column_names:
+            raise PatchbankError(f"{bank.path} has no split column; name clips with --clips")
+        keep &= np.isin(np.array(bank.clips["split"].to_pylist(), dtype=object), list(splits))
+    if clips is not None:
+        keep &= _named(bank, clips)
+    rows = np.flatnonzero(keep)
+    if not len(rows):
+        raise PatchbankError(f"no clip of {bank.path} is left; correct --split or --clips")
+    return rows
+
+
+def _named(bank: Bank, clips: Path) -> np.ndarray:
+    import numpy as np
+
+    from patchbank.pipeline.errors import ManifestError
+    from patchbank.probing.tables import read_table, require_columns
+
+    table = read_table(clips)
+    key = "clip_id" if "clip_id" in table.columns else "path"
+    require_columns(table, [key], why="clip_id or path: which clip")
+    known = set(bank.clips[key].to_pylist())
+    problems = [
+        table.problem(row, key, f"no clip of {bank.path} has {key} {cell!r}")
+        for row, cell in enumerate(table.columns[key])
+        if cell not in known
+    ]
+    if problems:
+        raise ManifestError(problems)
+    return np.isin(np.array(bank.clips[key].to_pylist(), dtype=object), table.columns[key])
+
+
+def note_change(
+    source: Bank, made: Bank, labels: Path, *, splits: Path | None, folds: str | None, seeds: int
+) -> None:
+    """Trains probes on both banks, prints what changes and keeps it in the new bank's notes."""
+    from patchbank.cli.bank import readable_measurements
+    from patchbank.cli.train import progress_lines
+    from patchbank.probing.measure import measure_change, read_measurements, write_measurement
+    from patchbank.probing.settings import TrainSettings
+
+    with progress_lines() as progress:
+        facts = measure_change(
+            source,
+            made,
+            labels,
+            settings=TrainSettings(n_seeds=seeds),
+            splits_path=splits,
+            folds=folds,
+            progress=progress,
+        )
+    write_measurement(made, facts)
+    for line in readable_measurements(read_measurements(made)):
+        print(line)
+
+
+@contextmanager
+def shard_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr that counts shards."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} shards"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None, visible=False)
+
+        def show(n_done: int, n_shards: int) -> None:
+            bar.update(task, visible=True, completed=n_done, total=n_shards)
+
+        yield show
+
+
+def print_made(bank: Bank) -> None:
+    """The new bank, on stdout."""
+    from patchbank.pipeline.plan import human_bytes
+
+    n_bytes = human_bytes(bank.seal.bank_bytes)
+    print(f"{bank.path}: {bank.n_clips} clips, {n_bytes}, {bank.fingerprint[:12]}")

@@ -1,0 +1,58 @@
+"""Begins a bank that is made from other banks, or goes on with it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from patchbank.pipeline.bank.card import read_attributes
+from patchbank.pipeline.bank.commit import recover
+from patchbank.pipeline.bank.reader import Bank
+from patchbank.pipeline.bank.schema import BankSchema, create_skeleton
+from patchbank.pipeline.bank.seal_record import SEAL
+from patchbank.pipeline.errors import BankError, BankMismatch
+from patchbank.pipeline.specs import Json, differing_fields
+
+
+def begin_bank(
+    out: Path,
+    schema: BankSchema,
+    attributes: Json,
+    constants: Mapping[int, Mapping[str, np.ndarray]],
+) -> bool:
+    """The skeleton of the bank `out`; False where it is sealed and there is nothing left to do.
+
+    Raises `BankMismatch` where another bank lies there, naming what differs.
+    """
+    if not (out / "zarr.json").is_file():
+        if out.exists():
+            raise BankError(f"{out} exists and is no bank; choose another --out or remove it")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        create_skeleton(out, schema, attributes, constants)
+    found, expected = read_attributes(out), json.loads(json.dumps(attributes))
+    if found != expected:
+        raise BankMismatch(
+            f"{out} holds another bank than this command makes; choose another --out",
+            differing_fields(found["card"], expected["card"]),
+        )
+    if (out / SEAL).is_file():
+        return False
+    recover(out)
+    return True
+
+
+def derivation(bank: Bank) -> Json:
+    """What a card says of a bank that another one was made from."""
+    return {
+        "fingerprint": bank.fingerprint,
+        "root_sha256": bank.root_sha256,
+        "stored_dtype": bank.schema.stored_dtype,
+    }
+
+
+def environment_of(card: Json) -> Json:
+    """What a bank was computed with, of its card: `extraction` without the batch size."""
+    return {key: value for key, value in card["extraction"].items() if key != "batch_size"}

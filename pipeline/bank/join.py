@@ -1,0 +1,222 @@
+"""Joins whole banks, or takes whole layers out of one: shard files are linked, not written again.
+
+A row stays in its slot and a shard keeps its bytes; only their numbers change. What is written is
+the small arrays, clips.parquet, the records and the seal.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+
+from patchbank.pipeline.bank.assembly import clips_schema, fit_columns, with_holes
+from patchbank.pipeline.bank.begin import begin_bank, derivation, environment_of
+from patchbank.pipeline.bank.card import attributes_of_card, layers_of_schema, recipe_of_card
+from patchbank.pipeline.bank.commit import commit, open_attempt, read_record, shard_name
+from patchbank.pipeline.bank.identity import rows_digest, table_of
+from patchbank.pipeline.bank.reader import ADVICE, Bank, open_bank
+from patchbank.pipeline.bank.rows import BankRows
+from patchbank.pipeline.bank.schema import BankSchema
+from patchbank.pipeline.bank.seal import seal_bank
+from patchbank.pipeline.bank.writer import FileRecord, hash_file
+from patchbank.pipeline.errors import BankCorrupt, BankError, BankMismatch
+from patchbank.pipeline.specs import Json, differing_fields
+
+OnShard = Callable[[int, int], None]
+"""Called with the shards that are done and that there are."""
+
+
+def join_banks(
+    banks: Sequence[Bank],
+    out: Path,
+    *,
+    layers: Sequence[int] | None = None,
+    progress: OnShard | None = None,
+) -> Bank:
+    """The clips of `banks`, one bank after another, with all layers or some, as the bank `out`.
+
+    Shard files are hard links where `out` is on the same disk, else copies whose digests are
+    checked. The same call finishes what an earlier one began. Raises `BankMismatch` where recipes
+    or shard sizes differ, `BankError` where a clip is in two banks.
+    """
+    check_joinable(banks)
+    first = banks[0]
+    if len({bank.schema.rows_per_shard for bank in banks}) > 1:
+        found = [bank.schema.rows_per_shard for bank in banks]
+        raise BankMismatch(
+            "these banks have shards of different sizes, whose files cannot be joined as they are",
+            {"rows_per_shard": (found, [found[0]] * len(found))},
+        )
+    chosen = [spec for spec in first.schema.layers if layers is None or spec.layer in layers]
+    schema = replace(
+        first.schema,
+        generations=tuple(n for bank in banks for n in bank.schema.generations),
+        layers=tuple(chosen),
+        grids={spec.layer: first.schema.grids[spec.layer] for spec in chosen},
+    )
+    table = joined_table(banks)
+    attributes = _attributes(banks, schema, table)
+    constants = {
+        spec.layer: first.constants(spec.layer).arrays()
+        for spec in chosen
+        if schema.stored.is_quantised
+    }
+    if begin_bank(out, schema, attributes, constants):
+        copy_golden(first, out, schema)
+        number = 0
+        for bank in banks:
+            for shard in range(bank.schema.n_shards):
+                place = schema.clips_of(number)
+                facts = _facts(banks, bank, shard, table.slice(place.start, len(place)))
+                _take_shard(bank, shard, out, number, schema, facts)
+                number += 1
+                if progress is not None:
+                    progress(number, schema.n_shards)
+    rows = [BankRows(bank, schema) for bank in banks]
+    seal_bank(
+        out,
+        schema,
+        recipe_id=attributes["recipe_id"],
+        sources=lambda: with_holes(rows, schema.rows_per_shard),
+    )
+    return open_bank(out)
+
+
+def check_joinable(banks: Sequence[Bank]) -> None:
+    """Raises where banks cannot become one: another recipe, or a clip that two of them hold."""
+    first = banks[0]
+    for bank in banks[1:]:
+        if bank.recipe_id != first.recipe_id:
+            raise BankMismatch(
+                f"{bank.path} holds other tokens than {first.path}; only banks of one recipe can "
+                "be merged",
+                differing_fields(recipe_of_card(bank.card), recipe_of_card(first.card)),
+            )
+    owners: dict[tuple[str, int], Path] = {}
+    for bank in banks:
+        table = table_of(bank.clips)
+        for key in zip(table["clip_id"].to_pylist(), table["view"].to_pylist(), strict=True):
+            owner = owners.setdefault(key, bank.path)
+            if owner != bank.path:
+                raise BankError(
+                    f"clip {key[0]}, view {key[1]}, is in {owner} and in {bank.path}; take it out "
+                    "of one: patchbank bank convert --clips"
+                )
+    if len({bank.path.resolve() for bank in banks}) < len(banks):
+        twice = Counter(str(bank.path) for bank in banks).most_common(1)[0][0]
+        raise BankError(f"{twice} is named twice; name each bank once")
+
+
+def joined_table(banks: Sequence[Bank]) -> pa.Table:
+    """The clip tables of banks one after another; columns that one lacks are null there."""
+    rows = [BankRows(bank) for bank in banks]
+    schema = clips_schema(rows)
+    try:
+        return table_of(pa.concat_tables([fit_columns(bank.clips, schema) for bank in banks]))
+    except pa.ArrowInvalid as error:
+        raise BankError(
+            f"a column of the clip tables has values of different types ({error}); make the banks "
+            "from tables whose columns agree"
+        ) from error
+
+
+def _attributes(banks: Sequence[Bank], schema: BankSchema, table: pa.Table) -> Json:
+    return attributes_of_card(
+        banks[0].card
+        | {
+            "layers": layers_of_schema(schema),
+            "n_rows": schema.n_rows,
+            "generations": list(schema.generations),
+            "rows_sha256": rows_digest(table),
+            "derived_from": [derivation(bank) for bank in banks],
+        }
+        | quantisation_of_layers(banks[0], schema)
+    )
+
+
+def quantisation_of_layers(bank: Bank, schema: BankSchema) -> Json:
+    """The card's `quantisation` with the constants of the layers of `schema` only."""
+    quantisation = dict(bank.card["quantisation"])
+    if "constants_sha256" in quantisation:
+        quantisation["constants_sha256"] = {
+            str(spec.layer): quantisation["constants_sha256"][str(spec.layer)]
+            for spec in schema.layers
+        }
+    return {"quantisation": quantisation}
+
+
+def copy_golden(bank: Bank, out: Path, schema: BankSchema) -> None:
+    """Commits the golden clip of `bank` to `out`, with the layers of `schema`."""
+    if read_record(out, "golden") is not None:
+        return
+    arrays = {f"tokens_{array.column_suffix}" for array in schema.arrays()}
+    with open_attempt(out, "golden") as attempt:
+        files = []
+        for name in sorted(bank.seal.files):
+            folder, _, rest = name.partition("/")
+            is_kept = rest.split("/")[0] in {"zarr.json", "frames", "waveform", *arrays}
+            if folder == "golden" and is_kept:
+                files.append(_take_file(bank, name, attempt, name))
+        commit(out, attempt, "golden", files, {})
+
+
+def _take_shard(
+    bank: Bank, shard: int, out: Path, number: int, schema: BankSchema, facts: Json
+) -> None:
+    name = shard_name(number)
+    if read_record(out, name) is not None:
+        return
+    record = source_record(bank, shard)
+    with open_attempt(out, name) as attempt:
+        files = [
+            _take_file(bank, array.shard_path(shard), attempt, array.shard_path(number))
+            for array in schema.arrays()
+        ]
+        counts = {key: record[key] for key in ("n_done", "n_failed")}
+        commit(out, attempt, name, files, counts | facts)
+
+
+def source_record(bank: Bank, shard: int) -> Json:
+    """The commit record of a shard of a sealed bank; `BankCorrupt` where it is missing."""
+    record = read_record(bank.path, shard_name(shard))
+    if record is None:
+        raise BankCorrupt(f"{bank.path}: commits/{shard_name(shard)}.json is missing; {ADVICE}")
+    return record
+
+
+def _facts(banks: Sequence[Bank], bank: Bank, shard: int, clips: pa.Table) -> Json:
+    """What a shard's new record says beside its files and counts."""
+    facts: Json = {"rows_sha256": rows_digest(clips)}
+    here = environment_of(banks[0].card)
+    if others := [found for found in environments_of(bank, shard) if found != here]:
+        facts["extraction"] = others
+    return facts
+
+
+def environments_of(bank: Bank, shard: int) -> list[Json]:
+    """What the tokens of a shard of a sealed bank were computed with."""
+    recorded: list[Json] = source_record(bank, shard).get("extraction", [])
+    return recorded or [environment_of(bank.card)]
+
+
+def _take_file(bank: Bank, name: str, folder: Path, target: str) -> FileRecord:
+    """Links a sealed file into `folder`, or copies it; a copy is compared with its digest."""
+    source, copy = bank.path / name, folder / target
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    sealed = bank.seal.files[name]
+    try:
+        os.link(source, copy)
+    except OSError:
+        # Another disk, or one without links.
+        shutil.copyfile(source, copy)
+        if hash_file(copy, relative_to=folder).sha256 != sealed.sha256:
+            raise BankCorrupt(
+                f"{bank.path}: {name} does not match its SHA-256; patchbank bank verify {bank.path}"
+            ) from None
+    return FileRecord(target, sealed.size, sealed.sha256)

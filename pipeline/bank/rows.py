@@ -1,0 +1,64 @@
+"""Rows of sealed banks: their clips, and the bytes of their tokens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Shaped
+
+from patchbank.pipeline.bank.identity import digest_columns
+from patchbank.pipeline.bank.layout import crc32c
+from patchbank.pipeline.bank.reader import ADVICE, Bank, RowPlaces
+from patchbank.pipeline.bank.schema import BankSchema, SmallArray, TokenArray
+from patchbank.pipeline.errors import BankCorrupt
+
+
+class BankRows:
+    """The rows of a sealed bank on their way into another one; see `assembly.RowSource`."""
+
+    def __init__(self, bank: Bank, schema: BankSchema | None = None) -> None:
+        """`schema` is that of the bank that they go to, where it has fewer layers."""
+        self._bank = bank
+        kept = set(digest_columns((schema or bank.schema).arrays()))
+        dropped = set(digest_columns(bank.schema.arrays())) - kept
+        self._columns = [name for name in bank.clips.column_names if name not in dropped]
+        self.n_rows = bank.n_rows
+
+    def small(self, array: SmallArray, rows: range) -> Shaped[np.ndarray, "row ..."]:
+        return self._bank.small(array, rows)
+
+    def clips(self, rows: range) -> pa.Table:
+        return self._bank.clips.slice(rows.start, len(rows)).select(self._columns)
+
+
+class RowBytes:
+    """The tokens of one array as they lie on disk, each row checked as it is read."""
+
+    def __init__(self, bank: Bank, array: TokenArray) -> None:
+        self._bank, self._array = bank, array
+        self._places: RowPlaces = bank.places(array.layer, array.kind)
+        self._crc32c: Sequence[int | None] = bank.clips[f"crc32c_{array.column_suffix}"].to_pylist()
+
+    def read(self, row: int) -> Shaped[np.ndarray, "token dim"]:
+        """The stored tokens of a row; `BankCorrupt` where they are not those of its checksum."""
+        array, path = self._array, self._places.files[self._places.shard_of(row)]
+        data = _read_at(path, int(self._places.offset[row]), array.row_bytes)
+        if len(data) != array.row_bytes or crc32c(data) != self._crc32c[row]:
+            name = path.relative_to(self._bank.path)
+            raise BankCorrupt(
+                f"{self._bank.path}: shard {name}, row {row}: the bytes do not match their "
+                f"checksum; {ADVICE}"
+            )
+        return np.frombuffer(data, array.dtype).reshape(array.n_tokens, array.dim)
+
+
+def _read_at(path: Path, offset: int, n_bytes: int) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, n_bytes, offset)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,138 @@
+"""What another stored type costs: the same probes on two banks of the same clips."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from patchbank.pipeline.bank.reader import Bank
+from patchbank.pipeline.errors import BankMismatch
+from patchbank.probing.atomic import write_json
+from patchbank.probing.passes import OnProgress
+from patchbank.probing.run import run_training
+from patchbank.probing.settings import TrainSettings
+
+MEASURED_PROBES = ("linear", "mhca", "protobin")
+NOTES = "notes/measured"
+Facts = dict[str, Any]
+
+
+def measure_change(
+    reference: Bank,
+    bank: Bank,
+    labels: Path,
+    *,
+    probes: Sequence[str] = MEASURED_PROBES,
+    settings: TrainSettings | None = None,
+    layer: int | None = None,
+    splits_path: Path | None = None,
+    folds: str | None = None,
+    progress: OnProgress | None = None,
+) -> Facts:
+    """Test scores of `probes` on `reference` and on `bank`, and their change.
+
+    Both are trained alike: the same clips, splits, order and seeds, and without `folds` the
+    learning rates that `reference` chose. Raises `BankMismatch` where the clips are not the same.
+    """
+    _check_same_clips(reference, bank)
+    settings = settings or TrainSettings()
+
+    def train(chosen: Bank, with_settings: TrainSettings) -> Facts:
+        with tempfile.TemporaryDirectory(prefix="patchbank-measure-") as out:
+            return run_training(
+                chosen,
+                labels,
+                Path(out),
+                probes=probes,
+                settings=with_settings,
+                layer=layer,
+                splits_path=splits_path,
+                folds=folds,
+                progress=progress,
+            )
+
+    before = train(reference, settings)
+    after = train(bank, settings if folds else replace(settings, learning_rates=_rates(before)))
+    metric = before["primary_metric"]
+    changes = {
+        name: _change(_score(before, name, metric), _score(after, name, metric)) for name in probes
+    }
+    return {
+        "root_sha256": bank.root_sha256,
+        "stored_dtype": bank.schema.stored_dtype,
+        "reference": {
+            "fingerprint": reference.fingerprint,
+            "stored_dtype": reference.schema.stored_dtype,
+        },
+        "labels": labels.name,
+        "labels_sha256": hashlib.sha256(labels.read_bytes()).hexdigest(),
+        "metric": metric,
+        "layer": before["layer"],
+        "n_seeds": settings.n_seeds,
+        "std_over": before["std_over"],
+        "probes": changes,
+        "settings": after["settings"],
+        "environment": after["environment"],
+    }
+
+
+def _check_same_clips(reference: Bank, bank: Bank) -> None:
+    for name in ("clip_id", "view", "audio_sha256"):
+        pairs = [_column(one, name) for one in (reference, bank)]
+        if pairs[0] != pairs[1]:
+            raise BankMismatch(
+                f"{bank.path} holds other clips than {reference.path}; only banks of the same "
+                "clips can be compared",
+                {name: (f"{len(pairs[1])} clips", f"{len(pairs[0])} clips")},
+            )
+
+
+def _column(bank: Bank, name: str) -> list[Any]:
+    return [value for value in bank.clips[name].to_pylist() if value is not None]
+
+
+def _rates(results: Facts) -> dict[str, tuple[float, ...]]:
+    return {
+        name: (probe["search"][0]["learning_rate"],) for name, probe in results["probes"].items()
+    }
+
+
+def _score(results: Facts, probe: str, metric: str) -> Facts:
+    for score in results["scores"]:
+        if (score["probe"], score["split"], score["metric"]) == (probe, "test", metric):
+            return {"mean": score["mean"], "std": score["std"]}
+    raise KeyError((probe, metric))
+
+
+def _change(before: Facts, after: Facts) -> Facts:
+    return {"reference": before, "bank": after, "change": after["mean"] - before["mean"]}
+
+
+def write_measurement(bank: Bank, facts: Facts) -> Path:
+    """Puts a measurement into the bank's notes, one file a label table; replaces an older one."""
+    path = bank.path / NOTES / f"{Path(facts['labels']).stem}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, facts)
+    return path
+
+
+def read_measurements(bank: Bank) -> list[Facts]:
+    """The measurements in a bank's notes that were made on it as it is now."""
+    found = []
+    for path in sorted((bank.path / NOTES).glob("*.json")):
+        try:
+            facts = json.loads(path.read_bytes())
+            changes = {name: float(value["change"]) for name, value in facts["probes"].items()}
+            is_own = facts["root_sha256"] == bank.root_sha256
+            note = {key: str(facts[key]) for key in ("labels", "metric", "n_seeds", "layer")}
+            reference = str(facts["reference"]["stored_dtype"])
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
+            continue  # notes are anybody's
+        if is_own:
+            found.append({**note, "reference": reference, "changes": changes})
+    return found

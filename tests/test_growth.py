@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from audio_sets import write_clip_set, write_tone
+from fake_bank import N_CLIPS, SETTINGS
+
+from patchbank.pipeline.bank import Bank, open_bank
+from patchbank.pipeline.bank.growth import next_folder
+from patchbank.pipeline.bank.verify import verify_bank
+from patchbank.pipeline.errors import BankMismatch
+from patchbank.pipeline.extraction import Progress, extract, prepare
+from patchbank.probing import BatchLoader
+
+N_NEW = 7
+
+
+def longer_table(table: Path, folder: Path, *, first: bool = False) -> Path:
+    """A copy of a clip set with `N_NEW` more clips, before or after the others."""
+    grown = shutil.copytree(table.parent, folder / "longer")
+    with (grown / "clips.csv").open(newline="") as file:
+        header, *rows = list(csv.reader(file))
+    new = []
+    for index in range(N_NEW):
+        write_tone(grown / f"new/{index}.wav", hertz=500.0 + index, seed=100 + index)
+        new.append([f"new/{index}.wav", "train"])
+    with (grown / "clips.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([header, *(new + rows if first else rows + new)])
+    return grown / "clips.csv"
+
+
+@pytest.fixture(scope="module")
+def longer(clip_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return longer_table(clip_table, tmp_path_factory.mktemp("grown"))
+
+
+@pytest.fixture(scope="module")
+def grown(sealed: Bank, longer: Path, tmp_path_factory: pytest.TempPathFactory) -> Bank:
+    path = shutil.copytree(sealed.path, tmp_path_factory.mktemp("banks") / "grown.bank")
+    return extract(longer, encoder="fake", out=path, settings=SETTINGS)
+
+
+def test_a_longer_table_adds_shards_and_touches_none(
+    sealed: Bank, longer: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(sealed.path, tmp_path / "x.bank"))
+    shards = {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in path.glob("layers/*/p*/c.*")}
+    steps: list[Progress] = []
+    bank = extract(longer, encoder="fake", out=path, settings=SETTINGS, progress=steps.append)
+    assert steps[-1] == Progress(N_NEW, N_NEW, 0)
+    assert {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in shards} == shards
+    assert len(list(path.glob("layers/1/patches/c.*"))) == 4
+    assert (bank.n_clips, bank.n_rows) == (N_CLIPS + N_NEW, 48 + N_NEW)
+    assert not (path / ".work").exists()
+    assert not (path / "parts").exists()
+    assert verify_bank(path) == ()
+
+
+def test_a_grown_bank_holds_what_one_extraction_gives(
+    grown: Bank, longer: Path, tmp_path: Path
+) -> None:
+    at_once = extract(longer, encoder="fake", out=tmp_path / "x.bank", settings=SETTINGS)
+    assert grown.fingerprint == at_once.fingerprint
+    assert grown.root_sha256 != at_once.root_sha256
+    rows = grown.schema.clip_rows()
+    for layer in (1, 2):
+        for name in ("patches", "mean", "n_patches", *(["prefix"] if layer == 2 else [])):
+            found = zarr.open_array(grown.path / f"layers/{layer}/{name}", mode="r")[:]
+            expected = zarr.open_array(at_once.path / f"layers/{layer}/{name}", mode="r")[:]
+            np.testing.assert_array_equal(found[rows], expected)
+
+
+def test_the_slots_between_generations_are_holes(grown: Bank) -> None:
+    holes = np.arange(N_CLIPS, 48)
+    assert np.flatnonzero(grown.status == 3).tolist() == holes.tolist()
+    clips = grown.clips.slice(N_CLIPS, 8).to_pylist()
+    assert all(v is None for row in clips for k, v in row.items() if k != "status")
+    assert (grown.n_patches(1)[holes] == -1).all()
+    assert np.isnan(grown.pooled(1)[holes]).all()
+    assert np.isnan(zarr.open_array(grown.path / "layers/1/patches", mode="r")[N_CLIPS]).all()
+    assert (grown.places(1).offset[holes] == -1).all()
+
+
+def test_an_epoch_over_a_grown_bank_leaves_the_holes_out(grown: Bank) -> None:
+    for tier in ("ram", "map"):
+        loader = BatchLoader(grown, layer=1, batch_size=16, tier=tier)  # type: ignore[arg-type]
+        rows = [row for batch in loader for row in batch.rows.tolist()]
+        assert sorted(rows) == grown.schema.clip_rows().tolist()
+
+
+def test_new_clips_may_stand_anywhere_in_the_table(
+    sealed: Bank, clip_table: Path, grown: Bank, tmp_path: Path
+) -> None:
+    table = longer_table(clip_table, tmp_path, first=True)
+    path = Path(shutil.copytree(sealed.path, tmp_path / "x.bank"))
+    bank = extract(table, encoder="fake", out=path, settings=SETTINGS)
+    assert bank.root_sha256 == grown.root_sha256
+
+
+def test_a_bank_grows_again(grown: Bank, longer: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(grown.path, tmp_path / "x.bank"))
+    folder = Path(shutil.copytree(longer.parent, tmp_path / "set"))
+    write_tone(folder / "last.wav", hertz=700.0)
+    with (folder / "clips.csv").open("a") as file:
+        file.write("last.wav,valid\n")
+    bank = extract(folder / "clips.csv", encoder="fake", out=path, settings=SETTINGS)
+    assert bank.schema.generations == (N_CLIPS, N_NEW, 1)
+    assert bank.n_rows == 48 + 16 + 1
+    assert bank.clips["clip_id"][64].as_py() == "last.wav"
+    assert verify_bank(path) == ()
+
+
+def test_the_same_table_in_another_order_adds_nothing(
+    sealed: Bank, clip_table: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(clip_table.parent, tmp_path / "set"))
+    header, *rows = (folder / "clips.csv").read_text().splitlines()
+    (folder / "clips.csv").write_text("\n".join([header, *reversed(rows)]) + "\n")
+    plan = prepare(folder / "clips.csv", encoder="fake", out=sealed.path, settings=SETTINGS).plan
+    assert plan.missing_shards == ()
+
+
+def test_a_plan_counts_only_what_is_new(sealed: Bank, longer: Path) -> None:
+    plan = prepare(longer, encoder="fake", out=sealed.path, settings=SETTINGS).plan
+    assert plan.missing_shards == (3,)
+    assert plan.missing_bytes < plan.total_bytes / 3
+    assert not next_folder(sealed.path).exists()
+
+
+def test_the_old_bank_stays_whole_until_the_new_one_is(
+    sealed: Bank, longer: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(sealed.path, tmp_path / "x.bank"))
+    seen = []
+
+    def look(_: Progress) -> None:
+        seen.append((open_bank(path).fingerprint, verify_bank(path)))
+
+    extract(longer, encoder="fake", out=path, settings=SETTINGS, progress=look)
+    assert seen == [(sealed.fingerprint, ())]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        pytest.param(
+            lambda text: text.replace("audio/0004.wav,train\n", ""),
+            r"holds 1 clips that the table lacks \(first: audio/0004.wav\).*a bank only grows",
+            id="a clip less",
+        ),
+        pytest.param(
+            lambda text: text.replace("audio/0004.wav,train", "audio/0004.wav,test"),
+            r"another split of clip audio/0004.wav(?s:.*)split: found 'train', expected 'test'",
+            id="another split",
+        ),
+        pytest.param(
+            lambda text: text.replace("path,split", "path,part"),
+            r"other columns(?s:.*)columns: found \['split'\], expected \['part'\]",
+            id="another column",
+        ),
+    ],
+)
+def test_a_table_that_takes_back_or_changes_is_refused(
+    change: object, words: str, sealed: Bank, longer: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(longer.parent, tmp_path / "set"))
+    text = (folder / "clips.csv").read_text()
+    (folder / "clips.csv").write_text(change(text))  # type: ignore[operator]
+    with pytest.raises(BankMismatch, match=words):
+        extract(folder / "clips.csv", encoder="fake", out=sealed.path, settings=SETTINGS)
+
+
+def test_a_growth_goes_on_only_with_the_table_that_it_was_begun_with(
+    sealed: Bank, longer: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(sealed.path, tmp_path / "x.bank"))
+
+    def stop(_: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(longer, encoder="fake", out=path, settings=SETTINGS, progress=stop)
+    assert open_bank(path).fingerprint == sealed.fingerprint
+    other = Path(shutil.copytree(longer.parent, tmp_path / "set"))
+    write_tone(other / "more.wav", hertz=900.0)
+    with (other / "clips.csv").open("a") as file:
+        file.write("more.wav,train\n")
+    with pytest.raises(BankMismatch, match="begun over another clip table; finish it with that"):
+        extract(other / "clips.csv", encoder="fake", out=path, settings=SETTINGS)
+    bank = extract(longer, encoder="fake", out=path, settings=SETTINGS)
+    assert bank.n_clips == N_CLIPS + N_NEW
+
+
+def test_a_column_keeps_the_type_that_the_bank_began_with(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write_clip_set(tmp_path, n_clips=4)
+    paths = [f"audio/{i:04d}.wav" for i in range(4)]
+    pq.write_table(pa.table({"path": paths[:3], "year": [1, 2, 3]}), tmp_path / "a.parquet")
+    out = tmp_path / "x.bank"
+    extract(tmp_path / "a.parquet", encoder="fake", out=out, settings=SETTINGS)
+    wide = pa.table({"path": paths, "year": [1.0, 2.0, 3.0, 4.5]})
+    pq.write_table(wide, tmp_path / "b.parquet")
+    with pytest.raises(BankMismatch, match="another type of column year"):
+        extract(tmp_path / "b.parquet", encoder="fake", out=out, settings=SETTINGS)
+    pq.write_table(wide.set_column(1, "year", [[1.0, 2.0, 3.0, 4.0]]), tmp_path / "c.parquet")
+    bank = extract(tmp_path / "c.parquet", encoder="fake", out=out, settings=SETTINGS)
+    assert [bank.clips["year"][row].as_py() for row in bank.schema.clip_rows()] == [1, 2, 3, 4]
+
+
+def test_the_card_tells_the_generations(grown: Bank) -> None:
+    document = json.loads((grown.path / "zarr.json").read_bytes())
+    assert document["attributes"]["card"]["generations"] == [N_CLIPS, N_NEW]
+    assert document["attributes"]["card"]["n_rows"] == grown.n_rows
