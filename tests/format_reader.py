@@ -12,20 +12,14 @@ for _ in range(8):
     CRC_TABLE = [(entry >> 1) ^ (0x82F63B78 if entry & 1 else 0) for entry in CRC_TABLE]
 RECIPE = ("encoder", "window", "stored_dtype", "compute_dtype", "mask_padding", "quantisation")
 ROW = ("clip_id", "view", "path", "start_s", "duration_s", "audio_sha256", "status")
+to_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
+DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "int8": "i1"}
 
 
 def crc32c(data: bytes, crc: int = 0xFFFFFFFF) -> int:
     for byte in data:
         crc = (crc >> 8) ^ CRC_TABLE[(crc ^ byte) & 0xFF]
     return crc ^ 0xFFFFFFFF
-
-
-def canonical(value: object) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 def require(holds: bool, what: str) -> None:
@@ -36,44 +30,50 @@ def require(holds: bool, what: str) -> None:
 class FormatReader:
     def __init__(self, bank: Path) -> None:
         self.bank, self.seal = bank, json.loads((bank / "seal.json").read_bytes())
-        rest = {key: value for key, value in self.seal.items() if key != "root_sha256"}
-        require(sha256(canonical(rest)) == self.seal["root_sha256"], "root hash")
         for file in self.seal["files"]:
             data = (bank / file["path"]).read_bytes()
-            require((len(data), sha256(data)) == (file["size"], file["sha256"]), file["path"])
+            found = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            require(file == {"path": file["path"], **found}, file["path"])
         self.attributes = json.loads((bank / "zarr.json").read_bytes())["attributes"]
-        require(self.attributes["patchbank_format"] == self.seal["format"] == 1, "format")
         self.card, self.clips = self.attributes["card"], pq.read_table(bank / "clips.parquet")
+        require(self.attributes["patchbank_format"] == self.seal["format"] == 1, "format")
         recipe = {name: self.card[name] for name in RECIPE}
-        recipe_id = sha256(canonical(recipe | {"layers": sorted(map(int, self.card["layers"]))}))
-        lines = b"".join(
-            b"\n" + canonical([*r.values()]) for r in self.clips.select(ROW).to_pylist()
-        )
-        require(sha256(canonical(recipe["encoder"])) == self.attributes["encoder_id"], "encoder_id")
-        require(recipe_id == self.attributes["recipe_id"] == self.seal["recipe_id"], "recipe_id")
-        require(sha256(recipe_id.encode() + lines) == self.seal["fingerprint"], "fingerprint")
+        recipe |= {"layers": sorted(map(int, self.card["layers"]))}
+        rows = [list(row.values()) for row in self.clips.select(ROW).to_pylist()]
+        lines = [self.seal["recipe_id"], *(to_json(row) for row in rows if row[-1] != 3)]
+        root = {key: value for key, value in self.seal.items() if key != "root_sha256"}
+        texts = {"fingerprint": "\n".join(lines), "root_sha256": to_json(root)}
+        texts |= {"recipe_id": to_json(recipe), "encoder_id": to_json(recipe["encoder"])}
+        for name, text in texts.items():
+            found = hashlib.sha256(text.encode()).hexdigest()
+            require({self.seal.get(name, found), self.attributes.get(name, found)} == {found}, name)
 
     def row(self, layer: int, row: int, kind: str = "patches") -> np.ndarray:
-        slots, dim = self.card["rows_per_shard"], self.card["layers"][str(layer)]["dim"]
+        slots, stored = self.card["rows_per_shard"], self.card["stored_dtype"]
         data = (self.bank / f"layers/{layer}/{kind}/c.{row // slots}.0.0").read_bytes()
         index = data[-16 * slots - 4 : -4]
         require(crc32c(index) == int.from_bytes(data[-4:], "little"), "crc32c of the index")
         offset, length = np.frombuffer(index, "<u8").reshape(slots, 2)[row % slots].tolist()
         require(offset + length <= len(data) - len(index) - 4, f"row {row} is missing")
         values, name = data[offset : offset + length], f"{layer}" + "_prefix" * (kind == "prefix")
-        require(sha256(values) == self.clips[f"sha256_{name}"][row].as_py(), f"sha256 of row {row}")
-        require(crc32c(values) == self.clips[f"crc32c_{name}"][row].as_py(), f"crc32c of row {row}")
-        return np.frombuffer(values, self.card["stored_dtype"]).reshape(-1, dim)
+        expected = self.clips[f"sha256_{name}"][row].as_py()
+        require(hashlib.sha256(values).hexdigest() == expected, f"sha256 of row {row}")
+        dtype = DTYPES["float16" if (stored, kind) == ("int8", "prefix") else stored]
+        return np.frombuffer(values, dtype).reshape(-1, self.card["layers"][str(layer)]["dim"])
+
+    def floats(self, layer: int, row: int, kind: str = "patches") -> np.ndarray:
+        tokens, names = self.row(layer, row, kind), ("scale", "channel_scale", "channel_shift")
+        if tokens.dtype.kind != "i":
+            return (tokens.astype("<u4") << 16).view("<f4") if tokens.dtype == "<u2" else tokens
+        scale, channel_scale, shift = (self.array(f"layers/{layer}/{name}") for name in names)
+        return tokens * scale[row].astype("<f4")[:, None] * channel_scale + shift
 
     def array(self, path: str) -> np.ndarray:
-        """An array without shards: pooled vectors, n_patches, golden."""
         meta = json.loads((self.bank / path / "zarr.json").read_bytes())
         chunk = np.array(meta["chunk_grid"]["configuration"]["chunk_shape"])
-        separator = meta["chunk_key_encoding"]["configuration"]["separator"]
-        n_chunks = -(-np.array(meta["shape"]) // chunk)
-        whole = np.empty(n_chunks * chunk, meta["data_type"])
-        for key in np.ndindex(*n_chunks):
-            file = self.bank / path / separator.join(["c", *map(str, key)])
+        whole = np.empty(-(-np.array(meta["shape"]) // chunk) * chunk, meta["data_type"])
+        for key in np.ndindex(*(whole.shape // chunk)):
+            file = self.bank / path / ".".join(["c", *map(str, key)])
             place = tuple(map(slice, key * chunk, key * chunk + chunk))
-            whole[place] = np.frombuffer(file.read_bytes(), whole.dtype).reshape(chunk)
+            whole[place] = np.fromfile(file, whole.dtype).reshape(chunk)
         return whole[tuple(map(slice, meta["shape"]))]

@@ -9,12 +9,14 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import format_reader
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import zarr
@@ -27,6 +29,7 @@ from patchbank.pipeline.bank.schema import SmallArray, create_small_array
 from patchbank.pipeline.errors import BankCorrupt
 from patchbank.pipeline.extraction import ExtractionSettings, extract
 from patchbank.pipeline.specs import WindowSpec, canonical_json
+from patchbank.probing import BatchLoader
 
 PAGE = Path(reader.__file__).with_name("FORMAT.md")
 ONE_LONG_LAYER = ExtractionSettings(
@@ -42,7 +45,7 @@ def reseal(bank: Path, **more: object) -> None:
         file |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     seal |= more
     rest = {key: value for key, value in seal.items() if key != "root_sha256"}
-    seal["root_sha256"] = hashlib.sha256(format_reader.canonical(rest)).hexdigest()
+    seal["root_sha256"] = hashlib.sha256(format_reader.to_json(rest).encode()).hexdigest()
     (bank / "seal.json").write_text(json.dumps(seal | more))
 
 
@@ -78,7 +81,35 @@ def long_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return extract(folder / "clips.parquet", encoder="fake", out=out, settings=ONE_LONG_LAYER).path
 
 
-@pytest.fixture(params=["two_layers", "long_rows"])
+@pytest.fixture(scope="module")
+def grown_int8(two_layers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """int8 and float16 prefix, holes between two generations, views; two clips failed."""
+    folder = Path(shutil.copytree(two_layers.parent / "set", tmp_path_factory.mktemp("g") / "set"))
+    chosen = replace(SETTINGS, stored_dtype="int8")
+    out = folder.parent / "grown.bank"
+    first = (folder / "clips.csv").read_text().splitlines()
+    rows = [f"{line.split(',')[0]},{line},0," for line in first[1:]]
+    header = "clip_id,path,split,view,mix_sources"
+    (folder / "clips.csv").write_text("\n".join([header, *rows]))
+    extract(folder / "clips.csv", encoder="fake", out=out, settings=chosen)
+    write_tone(folder / "view.wav", hertz=440.0)
+    more = "audio/0000.wav,view.wav,train,1,audio/0001.wav"
+    (folder / "clips.csv").write_text("\n".join([header, *rows, more]))
+    return extract(folder / "clips.csv", encoder="fake", out=out, settings=chosen).path
+
+
+@pytest.fixture(scope="module")
+def brief(two_layers: Path) -> Path:
+    """bfloat16."""
+    return extract(
+        two_layers.parent / "set/clips.csv",
+        encoder="fake",
+        out=two_layers.with_name("brief.bank"),
+        settings=replace(SETTINGS, stored_dtype="bfloat16"),
+    ).path
+
+
+@pytest.fixture(params=["two_layers", "long_rows", "grown_int8", "brief"])
 def bank(request: pytest.FixtureRequest) -> Bank:
     return open_bank(request.getfixturevalue(request.param))
 
@@ -99,13 +130,25 @@ def test_the_reader_agrees_on_every_token_of_every_row(bank: Bank) -> None:
     for array in bank.schema.arrays():
         stored = np.asarray(zarr.open_array(bank.path / array.path, mode="r")[:])
         places = bank.places(array.layer, array.kind)
-        for row in range(bank.n_rows):
+        for row in bank.schema.clip_rows().tolist():
             tokens = found.row(array.layer, row, array.kind)
             assert tokens.dtype == array.dtype
             np.testing.assert_array_equal(tokens, stored[row])
             with places.files[places.shard_of(row)].open("rb") as file:
                 file.seek(int(places.offset[row]))
                 assert file.read(array.row_bytes) == tokens.tobytes()
+            recorded = bank.clips[f"crc32c_{array.column_suffix}"][row].as_py()
+            assert format_reader.crc32c(tokens.tobytes()) == recorded
+
+
+def test_the_reader_agrees_on_every_float(bank: Bank) -> None:
+    found = FormatReader(bank.path)
+    for layer in bank.layers:
+        for batch in BatchLoader(bank, layer=layer, shuffle=False):
+            for kind in ("patches", "prefix") if batch.prefix is not None else ("patches",):
+                floats = np.stack([found.floats(layer, row, kind) for row in batch.rows.tolist()])
+                expected = getattr(batch, kind).float().numpy()
+                np.testing.assert_allclose(floats, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_the_reader_agrees_on_every_unsharded_array(bank: Bank) -> None:
@@ -116,6 +159,15 @@ def test_the_reader_agrees_on_every_unsharded_array(bank: Bank) -> None:
             np.testing.assert_array_equal(pooled, bank.pooled(layer, pool))
         n_patches = found.array(f"layers/{layer}/n_patches")
         np.testing.assert_array_equal(n_patches, bank.n_patches(layer))
+        if bank.schema.stored.is_quantised:
+            np.testing.assert_array_equal(found.array(f"layers/{layer}/scale"), bank.scale(layer))
+            constants = bank.constants(layer)
+            for name, value in constants.arrays().items():
+                np.testing.assert_array_equal(found.array(f"layers/{layer}/{name}"), value)
+            both = b"".join(found.array(f"layers/{layer}/channel_{name}").tobytes()
+                            for name in ("shift", "scale"))  # fmt: skip
+            recorded = found.card["quantisation"]["constants_sha256"][str(layer)]
+            assert hashlib.sha256(both).hexdigest() == recorded
     golden = zarr.open_group(bank.path / "golden", mode="r")
     for name, array in golden.arrays():
         np.testing.assert_array_equal(found.array(f"golden/{name}"), array[:])
@@ -124,13 +176,18 @@ def test_the_reader_agrees_on_every_unsharded_array(bank: Bank) -> None:
 def test_failed_rows_are_what_the_page_says(bank: Bank) -> None:
     found, failed = FormatReader(bank.path), np.flatnonzero(bank.status == 2).tolist()
     assert failed
-    bits = {"float16": (np.uint16, 0x7E00), "float32": (np.uint32, 0x7FC00000)}
-    integer, nan = bits[bank.card["stored_dtype"]]
+    bits = {
+        "float16": (np.uint16, 0x7E00),
+        "float32": (np.uint32, 0x7FC00000),
+        "uint16": (np.uint16, 0x7FC0),
+        "int8": (np.int8, -128),
+    }
     for row in failed:
         assert bank.clips["reason"][row].as_py()
         assert bank.clips["audio_sha256"][row].as_py() is None
         for array in bank.schema.arrays():
-            assert (found.row(array.layer, row, array.kind).view(integer) == nan).all()
+            integer, missing = bits[array.dtype.name]
+            assert (found.row(array.layer, row, array.kind).view(integer) == missing).all()
         for layer in bank.layers:
             assert found.array(f"layers/{layer}/n_patches")[row] == 0
             assert np.isnan(found.array(f"layers/{layer}/mean")[row]).all()
@@ -141,7 +198,9 @@ def test_a_shard_file_is_byte_for_byte_as_the_page_says(bank: Bank) -> None:
     slots = bank.card["rows_per_shard"]
     for array in bank.schema.arrays():
         stride = -(-array.row_bytes // 4096) * 4096
-        for shard, file in enumerate(sorted((bank.path / array.path).glob("c.*"))):
+        files = sorted((bank.path / array.path).glob("c.*"))
+        assert len(files) == -(-bank.n_rows // slots)
+        for shard, file in enumerate(files):
             rows = bank.schema.rows_of(shard)
             expected = b""
             for row in rows:
@@ -154,7 +213,24 @@ def test_a_shard_file_is_byte_for_byte_as_the_page_says(bank: Bank) -> None:
             assert file.read_bytes() == expected
 
 
+def test_generations_begin_where_the_page_says(bank: Bank) -> None:
+    slots, start = bank.card["rows_per_shard"], 0
+    clip_rows: list[int] = []
+    for n_clips in bank.card["generations"]:
+        clip_rows += range(start, start + n_clips)
+        end, start = start + n_clips, start + slots * -(-n_clips // slots)
+    assert bank.card["n_rows"] == end
+    status = FormatReader(bank.path).clips["status"].to_pylist()
+    assert [row for row, value in enumerate(status) if value != 3] == clip_rows
+    holes = [row for row, value in enumerate(status) if value == 3]
+    assert len(holes) == (8 if len(bank.card["generations"]) > 1 else 0)
+    for row in holes:
+        values = bank.clips.slice(row, 1).to_pylist()[0]
+        assert {key for key, value in values.items() if value is not None} == {"status"}
+
+
 def rows_sha256(clips: pa.Table) -> str:
+    clips = clips.filter(pc.not_equal(clips["status"], 3))
     names = clips.column_names
     last_digest = max(i for i, name in enumerate(names) if name.startswith("crc32c_"))
     hasher = hashlib.sha256()
@@ -188,7 +264,8 @@ def names_in(document: Any, *, stop: tuple[str, ...] = ()) -> Iterator[str]:
 def test_the_page_names_every_key_and_column_of_a_bank(bank: Bank) -> None:
     page = PAGE.read_text("utf-8")
     document = json.loads((bank.path / "zarr.json").read_bytes())
-    names = set(names_in(document["attributes"], stop=("config", "frontend", "resampler")))
+    stop = ("config", "frontend", "resampler", "constants_sha256")
+    names = set(names_in(document["attributes"], stop=stop))
     for file in [bank.path / "seal.json", *(bank.path / "commits").iterdir()]:
         names |= set(names_in(json.loads(file.read_bytes())))
     user = {"day", "snr_db"}
@@ -205,15 +282,23 @@ def test_array_metadata_is_what_the_page_says(bank: Bank) -> None:
         meta = json.loads((bank.path / array.path / "zarr.json").read_bytes())
         shards = [bank.card["rows_per_shard"], array.n_tokens, array.dim]
         assert meta["shape"] == [bank.n_rows, *shards[1:]]
-        assert meta["data_type"] == bank.card["stored_dtype"]
+        stored = bank.card["stored_dtype"]
+        in_page = {"bfloat16": ("uint16", 32704), "int8": ("int8", -128)}
+        if stored == "int8" and array.kind == "prefix":
+            stored = "float16"
+        data_type, fill = in_page.get(stored, (stored, "NaN"))
+        assert meta["data_type"] == data_type
+        assert meta["fill_value"] == fill
+        has_note = stored in in_page
+        assert set(meta["attributes"]) == ({"stored_dtype", "decoding"} if has_note else set())
         grid = {"name": "regular", "configuration": {"chunk_shape": shards}}
         assert meta["chunk_grid"] == grid
         separator = {"name": "default", "configuration": {"separator": "."}}
         assert meta["chunk_key_encoding"] == separator
-        assert meta["fill_value"] == "NaN"
         sharding = {
             "chunk_shape": [1, *shards[1:]],
-            "codecs": [little],
+            # A byte has no order.
+            "codecs": [{"name": "bytes"} if data_type == "int8" else little],
             "index_codecs": [little, {"name": "crc32c"}],
             "index_location": "end",
         }
@@ -233,7 +318,7 @@ def flipped(file: Path, position: int) -> None:
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        pytest.param(lambda b: reseal(b, root_sha256="0"), "root hash", id="root hash"),
+        pytest.param(lambda b: reseal(b, root_sha256="0"), "root_sha256", id="root hash"),
         pytest.param(lambda b: reseal(b, fingerprint="0"), "fingerprint", id="fingerprint"),
         pytest.param(lambda b: flipped(b / "clips.parquet", 99), "clips.parquet", id="a file"),
     ],
@@ -369,7 +454,7 @@ def test_what_a_newer_version_may_not_add_is_refused(
     ],
 )
 def test_canonical_json_is_what_the_page_says(value: object, text: str) -> None:
-    assert canonical_json(value) == format_reader.canonical(value) == text.encode("ascii")
+    assert canonical_json(value) == format_reader.to_json(value).encode() == text.encode("ascii")
 
 
 def test_crc32c_is_the_one_of_the_page_and_of_patchbank() -> None:
