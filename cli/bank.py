@@ -165,6 +165,7 @@ def bank_facts(bank: Bank) -> Facts:
         "weights_sha256": card["encoder"]["weights_sha256"],
         "layers": {str(layer): card["layers"][str(layer)] for layer in bank.layers},
         "dtype": card["stored_dtype"],
+        "archive": bank.schema.is_archive,
         "window": card["window"],
         "sample_rate_hz": card["encoder"]["sample_rate_hz"],
         "clips": bank.n_clips,
@@ -209,7 +210,8 @@ def readable_facts(facts: Facts) -> Iterator[tuple[str, str]]:
         prefix = f" and {spec['n_prefix']} prefix" if spec["n_prefix"] else ""
         n_bytes = sum(n for path, n in facts["bytes_of"].items() if f"/{layer}/" in path)
         yield f"layer {layer}", f"{grid}{prefix}, {spec['meaning']}, {human_bytes(n_bytes)}"
-    yield "dtype", facts["dtype"]
+    archive = ", archive, compressed: convert it to train from it" * facts["archive"]
+    yield "dtype", f"{facts['dtype']}{archive}"
     for line in readable_measurements(facts["measured"]):
         yield "", line
     yield (

@@ -60,6 +60,10 @@ def convert(
     compact: Annotated[
         bool, typer.Option("--compact", help="Leave out the holes of a bank that has grown.")
     ] = False,
+    archive: Annotated[
+        bool,
+        typer.Option("--archive", help="Compress for cold storage; convert again to train."),
+    ] = False,
     measure: Annotated[
         Path | None,
         typer.Option(help="Labels: train probes on both banks, note what the type changes."),
@@ -73,6 +77,8 @@ def convert(
 
     source = open_bank(bank)
     rows = chosen_rows(source, split or [], clips)
+    if measure is not None and archive:
+        raise typer.BadParameter("--measure trains on the new bank, which an archive is not for")
     if measure is not None and rows is not None:
         raise typer.BadParameter("--measure compares banks of the same clips: no --split, --clips")
     with shard_bar("convert") as progress:
@@ -83,6 +89,7 @@ def convert(
             layers=chosen_layers(source, layers),
             rows=rows,
             compact=compact,
+            archive=archive,
             progress=progress,
         )
     print_made(made)
@@ -98,14 +105,17 @@ def converted(
     layers: Sequence[int],
     rows: np.ndarray | None,
     compact: bool,
+    archive: bool,
     progress: Callable[[int, int], None],
 ) -> Bank:
     """The bank that `convert` makes, by links where no token has to be written."""
     same_type = dtype is None or dtype.value == source.schema.stored_dtype
-    if same_type and rows is None and not compact:
+    same_storage = archive == source.schema.is_archive
+    if same_type and same_storage and rows is None and not compact:
         if list(layers) == list(source.layers):
             raise typer.BadParameter(
-                "nothing to convert; give --dtype, --layers, --split, --clips or --compact"
+                "nothing to convert; give --dtype, --layers, --split, --clips, --compact or "
+                "--archive"
             )
         from patchbank.pipeline.bank.join import join_banks
 
@@ -118,6 +128,7 @@ def converted(
         dtype=None if dtype is None else dtype.value,
         layers=layers,
         rows=None if rows is None else [rows],
+        storage="blosc" if archive else "aligned",
         progress=progress,
     )
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,13 @@ from patchbank.pipeline.bank.card import (
     schema_of_card,
 )
 from patchbank.pipeline.bank.commit import live_attempts, read_record, recover, shard_name
-from patchbank.pipeline.bank.growth import finish_growth, next_folder, seal_growth
+from patchbank.pipeline.bank.growth import (
+    begin_growth,
+    is_current,
+    next_folder,
+    open_settled,
+    seal_growth,
+)
 from patchbank.pipeline.bank.identity import rows_digest, table_of
 from patchbank.pipeline.bank.quantised import (
     CALIBRATION_CLIPS,
@@ -32,12 +39,19 @@ from patchbank.pipeline.bank.quantised import (
     quantisation_recipe,
 )
 from patchbank.pipeline.bank.reader import Bank, open_bank
-from patchbank.pipeline.bank.schema import create_skeleton
+from patchbank.pipeline.bank.schema import BankSchema, create_skeleton
 from patchbank.pipeline.bank.seal import seal_bank
 from patchbank.pipeline.bank.seal_record import SEAL
 from patchbank.pipeline.encoders import load_encoder
 from patchbank.pipeline.environment import choose_device, default_batch_size
-from patchbank.pipeline.errors import BankCorrupt, BankMismatch, EncoderError, PatchbankError
+from patchbank.pipeline.errors import (
+    BankCorrupt,
+    BankError,
+    BankMismatch,
+    BankNotFound,
+    EncoderError,
+    PatchbankError,
+)
 from patchbank.pipeline.manifest import ClipTable, read_manifest
 from patchbank.pipeline.plan import (
     ExtractionPlan,
@@ -91,6 +105,8 @@ class Extraction:
     """The clips of the bank in its order: those that it holds already, then new ones."""
     job: ExtractionJob
     batch_size: int | None
+    schema: BankSchema
+    """Of a bank that is made of the table at once."""
     grows: Bank | None = None
     """The sealed bank that gets more clips; None where a bank is made."""
 
@@ -143,20 +159,28 @@ def prepare(
         n_decode_threads=settings.n_decode_threads or min(8, os.cpu_count() or 1),
     )
     plan = plan_extraction(bank, recipe, schema)
-    finish_growth(bank)
-    return fit_to_bank(Extraction(plan, table, table.clips, job, settings.batch_size))
+    with _telling_of_a_full_disk(bank):
+        return fit_to_bank(Extraction(plan, table, table.clips, job, settings.batch_size, schema))
 
 
 def fit_to_bank(extraction: Extraction) -> Extraction:
     """What is left to do at a bank that exists, or a refusal where it is another one."""
-    bank = extraction.bank
+    bank, schema = extraction.bank, extraction.schema
+    extraction = replace(
+        extraction,
+        plan=plan_extraction(bank, extraction.job.recipe, schema),
+        clips=extraction.table.clips,
+        job=replace(extraction.job, folder=bank, schema=schema),
+        grows=None,
+    )
     if not (bank / "zarr.json").is_file():
         if bank.exists():
             raise PatchbankError(f"{bank} exists and is no bank; choose another --out or remove it")
         return extraction
+    sealed = open_settled(bank)
     extraction = _with_recipe_of(read_attributes(bank)["card"], extraction)
-    if (bank / SEAL).is_file():
-        return _fit_to_sealed(extraction, open_bank(bank))
+    if sealed is not None:
+        return _fit_to_sealed(extraction, sealed)
     _check_same_rows(bank, read_attributes(bank)["card"], extraction)
     return extraction
 
@@ -217,6 +241,11 @@ def _fit_to_sealed(extraction: Extraction, bank: Bank) -> Extraction:
         job = replace(extraction.job, schema=schema)
         done = plan_extraction(bank.path, job.recipe, schema, first_shard=schema.n_shards)
         return replace(extraction, plan=done, clips=known, job=job)
+    if schema.is_archive:
+        raise BankError(
+            f"{bank.path} is an archive, which does not grow; make a bank of it first: patchbank "
+            f"bank convert {bank.path}"
+        )
     schema = replace(schema, generations=(*schema.generations, len(added)))
     folder = next_folder(bank.path)
     job = replace(extraction.job, schema=schema, folder=folder)
@@ -270,27 +299,40 @@ def run(
     progress: Callable[[Progress], None] | None = None,
 ) -> Bank:
     """Does what is left of an extraction and seals the bank."""
+    bank = extraction.bank
+    with _telling_of_a_full_disk(bank):
+        # Another process may begin, finish or grow a bank here at any time.
+        while True:
+            extraction = fit_to_bank(extraction)
+            if extraction.grows is None and (bank / SEAL).is_file():
+                seal_bank(bank, extraction.plan.schema, recipe_id=extraction.job.recipe.recipe_id)
+                return open_bank(bank)
+            try:
+                _advance(extraction, scheduler=scheduler, progress=progress)
+            except (FileNotFoundError, BankNotFound):
+                # The folder of a growth goes when another process has finished it.
+                if extraction.grows is None or is_current(extraction.grows):
+                    raise
+
+
+@contextmanager
+def _telling_of_a_full_disk(bank: Path) -> Iterator[None]:
     try:
-        return _run(extraction, scheduler=scheduler, progress=progress)
+        yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise PatchbankError(
-            f"no space left for {extraction.bank}: free some and run the same command again; what "
-            "is committed is not done again"
+            f"no space left for {bank}: free some and run the same command again; what is "
+            "committed is not done again"
         ) from error
 
 
-def _run(
+def _advance(
     extraction: Extraction, *, scheduler: str | None, progress: Callable[[Progress], None] | None
-) -> Bank:
-    bank = extraction.bank
-    # Another process may have begun, finished or grown a bank here since this one was prepared.
-    extraction = fit_to_bank(extraction)
-    if extraction.grows is None and (bank / SEAL).is_file():
-        seal_bank(bank, extraction.plan.schema, recipe_id=extraction.job.recipe.recipe_id)
-        return open_bank(bank)
-    folder = extraction.plan.folder
+) -> None:
+    """Does what is left and seals; less where another process was faster with something else."""
+    bank, folder = extraction.bank, extraction.plan.folder
     if (folder / "zarr.json").is_file():
         recover(folder)
     bank.parent.mkdir(parents=True, exist_ok=True)
@@ -298,16 +340,22 @@ def _run(
     extraction = _replanned(extraction)
     extraction.plan.check_space()
     _check_committed_rows(extraction)
+    if extraction.grows is not None:
+        begin_growth(extraction.grows, extraction.plan.schema, _grown_attributes(extraction))
+        _check_same_rows(bank, read_attributes(folder)["card"], extraction)
     has_golden = extraction.grows is not None or (folder / "commits/golden.json").is_file()
     if extraction.plan.missing_shards or not has_golden:
         with open_workers(extraction.job, scheduler) as workers:
-            extraction = _begin(extraction, workers)
+            if extraction.grows is None:
+                begun = _begin(extraction, workers)
+                if begun.grows is not None or begun.job.schema != extraction.job.schema:
+                    return
+                extraction = begun
             _extract_missing(extraction, workers, progress)
     if extraction.grows is not None:
         seal_growth(extraction.grows, extraction.plan.schema)
     else:
         seal_bank(bank, extraction.plan.schema, recipe_id=extraction.job.recipe.recipe_id)
-    return open_bank(bank)
 
 
 def _replanned(extraction: Extraction) -> Extraction:
@@ -317,13 +365,8 @@ def _replanned(extraction: Extraction) -> Extraction:
 
 
 def _begin(extraction: Extraction, workers: Workers) -> Extraction:
-    """The skeleton of a bank or of a growth, and the golden clip, where they are not there yet."""
-    bank, folder = extraction.bank, extraction.plan.folder
-    if extraction.grows is not None:
-        if not (folder / "zarr.json").is_file():
-            folder.parent.mkdir(exist_ok=True)
-            create_skeleton(folder, extraction.plan.schema, _grown_attributes(extraction))
-        return extraction
+    """The skeleton of a bank and the golden clip, where they are not there yet."""
+    bank = extraction.bank
     if not (bank / "zarr.json").is_file():
         here = workers.environment()
         batch_size = extraction.batch_size or default_batch_size(here["device"])
@@ -337,7 +380,7 @@ def _begin(extraction: Extraction, workers: Workers) -> Extraction:
         arrays = {layer: value.arrays() for layer, value in constants.items()}
         create_skeleton(bank, extraction.plan.schema, attributes, arrays)
         # Another process may have been faster, with other settings.
-        extraction = _replanned(fit_to_bank(extraction))
+        extraction = fit_to_bank(extraction)
     workers.golden()
     return extraction
 

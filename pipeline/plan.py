@@ -14,7 +14,7 @@ from patchbank.pipeline.bank.card import attributes_of_card, layers_of_schema
 from patchbank.pipeline.bank.commit import committed_names, shard_name
 from patchbank.pipeline.bank.identity import rows_digest
 from patchbank.pipeline.bank.layout import rows_per_shard
-from patchbank.pipeline.bank.schema import BankSchema
+from patchbank.pipeline.bank.schema import BankSchema, Storage
 from patchbank.pipeline.errors import PatchbankError
 from patchbank.pipeline.specs import Grid, Json, LayerSpec, Recipe, StoredDType
 
@@ -69,6 +69,7 @@ def schema_for(
     *,
     stored_dtype: StoredDType,
     n_clips: int,
+    storage: Storage = "aligned",
 ) -> BankSchema:
     """Shapes and sharding of the bank of `n_clips` clips that is made at once."""
     chosen = {spec.layer: grids[spec.layer] for spec in specs}
@@ -78,7 +79,7 @@ def schema_for(
         largest_row_bytes=max(array.row_bytes for array in arrays),
         files_per_shard=len(arrays) + 1,
     )
-    return BankSchema((n_clips,), rows, specs, chosen, stored_dtype)
+    return BankSchema((n_clips,), rows, specs, chosen, stored_dtype, storage)
 
 
 def plan_extraction(

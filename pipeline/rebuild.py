@@ -8,7 +8,7 @@ anew.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ import pyarrow as pa
 import torch
 from jaxtyping import Float32, Int32, Int64, Shaped
 
+from patchbank.pipeline.bank.archive import ArchiveFileWriter
 from patchbank.pipeline.bank.begin import begin_bank, derivation, environment_of
 from patchbank.pipeline.bank.card import attributes_of_card, layers_of_schema
 from patchbank.pipeline.bank.commit import commit, open_attempt, read_record, shard_name
@@ -41,7 +42,7 @@ from patchbank.pipeline.bank.quantised import (
 )
 from patchbank.pipeline.bank.reader import Bank, open_bank
 from patchbank.pipeline.bank.rows import RowBytes
-from patchbank.pipeline.bank.schema import DONE, HOLE, BankSchema, SmallArray, TokenArray
+from patchbank.pipeline.bank.schema import DONE, HOLE, BankSchema, SmallArray, Storage, TokenArray
 from patchbank.pipeline.bank.seal import seal_bank
 from patchbank.pipeline.bank.writer import RowDigest, ShardFileWriter
 from patchbank.pipeline.plan import bank_bytes, check_space, schema_for
@@ -60,16 +61,18 @@ def rebuild_bank(
     dtype: StoredDType | None = None,
     layers: Sequence[int] | None = None,
     rows: Sequence[Rows] | None = None,
+    storage: Storage = "aligned",
     progress: Callable[[int, int], None] | None = None,
 ) -> Bank:
     """The clips of `banks`, or `rows` of each, in a new bank of one generation.
 
-    `dtype` and `layers` are those of the first bank where None. The same call finishes what an
+    `dtype` and `layers` are those of the first bank where None. `storage="blosc"` makes an archive,
+    "aligned" a bank to train from, of either. The same call finishes what an
     earlier one began. Raises `BankMismatch` where the recipes differ or another bank lies at `out`,
     `BankCorrupt` where a row does not match its checksum.
     """
     check_joinable(banks)
-    plan = _plan(banks, out, dtype=dtype, layers=layers, rows=rows)
+    plan = _plan(banks, out, dtype=dtype, layers=layers, rows=rows, storage=storage)
     first = banks[0]
     constants = {layer: value.arrays() for layer, value in plan.constants.items()}
     if not (out / "zarr.json").is_file():
@@ -139,6 +142,7 @@ def _plan(
     dtype: StoredDType | None,
     layers: Sequence[int] | None,
     rows: Sequence[Rows] | None,
+    storage: Storage,
 ) -> _Plan:
     first = banks[0]
     chosen = rows or [bank.schema.clip_rows() for bank in banks]
@@ -156,6 +160,7 @@ def _plan(
         first.schema.grids,
         stored_dtype=dtype or first.schema.stored_dtype,
         n_clips=len(clips),
+        storage=storage,
     )
     owner = np.concatenate([np.full(len(some), n) for n, some in enumerate(chosen)])
     constants = _constants(banks, schema, owner, np.concatenate(chosen))
@@ -186,6 +191,9 @@ def _attributes(
         "derived_from": [derivation(bank) for bank in banks],
         "stored_dtype": schema.stored_dtype,
     }
+    card.pop("storage", None)
+    if schema.is_archive:
+        card["storage"] = schema.storage
     was = banks[0].schema.stored_dtype
     if schema.stored_dtype == was:
         return attributes_of_card(card | quantisation_of_layers(banks[0], schema))
@@ -248,14 +256,7 @@ def _rebuild_shard(plan: _Plan, shard: int) -> None:
     with open_attempt(plan.out, name) as attempt:
         with ExitStack() as stack:
             writers = {
-                array.column_suffix: stack.enter_context(
-                    ShardFileWriter(
-                        attempt / array.shard_path(shard),
-                        array.layout(plan.schema.rows_per_shard),
-                        n_rows=len(place),
-                        name=array.shard_path(shard),
-                    )
-                )
+                array.column_suffix: _open_writer(stack, plan, attempt, array, shard)
                 for array in plan.schema.arrays()
             }
             for start in range(place.start, place.stop, BATCH_ROWS):
@@ -273,6 +274,17 @@ def _rebuild_shard(plan: _Plan, shard: int) -> None:
         if others := _other_environments(plan, place):
             record["extraction"] = others
         commit(plan.out, attempt, name, files, record)
+
+
+def _open_writer(
+    stack: ExitStack, plan: _Plan, attempt: Path, array: TokenArray, shard: int
+) -> ShardFileWriter | ArchiveFileWriter:
+    name, n_rows = array.shard_path(shard), len(plan.schema.rows_of(shard))
+    layout = array.layout(plan.schema.rows_per_shard)
+    if plan.schema.is_archive:
+        archive = ArchiveFileWriter(attempt / name, layout, n_rows=n_rows, name=name)
+        return stack.enter_context(archive)
+    return stack.enter_context(ShardFileWriter(attempt / name, layout, n_rows=n_rows, name=name))
 
 
 def _other_environments(plan: _Plan, clips: range) -> list[Json]:
@@ -306,7 +318,9 @@ def _small(plan: _Plan, array: SmallArray, clips: range) -> Shaped[np.ndarray, "
     return out
 
 
-def _copied(plan: _Plan, clips: range, writers: dict[str, ShardFileWriter]) -> Iterator[RowFacts]:
+def _copied(
+    plan: _Plan, clips: range, writers: Mapping[str, ShardFileWriter | ArchiveFileWriter]
+) -> Iterator[RowFacts]:
     values = {array.path: _small(plan, array, clips) for array in plan.schema.small_arrays()}
     for index, clip in enumerate(clips):
         owner, row = int(plan.owner[clip]), int(plan.row[clip])
@@ -336,7 +350,7 @@ def _facts(
 
 
 def _converted(
-    plan: _Plan, clips: range, writers: dict[str, ShardFileWriter]
+    plan: _Plan, clips: range, writers: Mapping[str, ShardFileWriter | ArchiveFileWriter]
 ) -> Iterator[RowFacts]:
     counts = {
         spec.layer: _small(plan, SmallArray(spec.layer, "n_patches", (), "int32", ("clip",)), clips)

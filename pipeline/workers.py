@@ -11,7 +11,15 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import pyarrow as pa
-from distributed import Client, Future, LocalCluster, WorkerPlugin, as_completed, get_worker
+from distributed import (
+    Client,
+    Future,
+    KilledWorker,
+    LocalCluster,
+    WorkerPlugin,
+    as_completed,
+    get_worker,
+)
 
 from patchbank.pipeline.bank.quantised import ChannelConstants
 from patchbank.pipeline.errors import PatchbankError
@@ -29,8 +37,9 @@ T = TypeVar("T")
 class Workers:
     """The workers of a scheduler, each with the job's encoder; use `open_workers`."""
 
-    def __init__(self, client: Client, plugin: str) -> None:
-        self._client, self._plugin = client, plugin
+    def __init__(self, client: Client, plugin: str, scheduler: str) -> None:
+        self._client, self._plugin, self._scheduler = client, plugin, scheduler
+        self._gave_up = False
 
     def environment(self) -> Json:
         """Device, versions and threads of one worker."""
@@ -56,52 +65,64 @@ class Workers:
             self._client.submit(_extract, self._plugin, shard, clips, extraction, pure=False)
             for shard, clips in shards.items()
         ]
+        with self._watched(futures):
+            for future in as_completed(futures, loop=self._client.loop):
+                yield future.result()
+                future.release()
+
+    def _call(self, function: Callable[..., T], *arguments: object) -> T:
+        future = self._client.submit(function, self._plugin, *arguments, pure=False)
+        with self._watched([future]):
+            result: T = future.result()
+        return result
+
+    @contextmanager
+    def _watched(self, futures: Sequence[Future[Any]]) -> Iterator[None]:
+        """Says what became of workers or scheduler where futures end without a result."""
         ended = threading.Event()
         watch = threading.Thread(target=self._watch, args=(futures, ended), daemon=True)
         watch.start()
+        again = "run the same command again: what is committed is not done again"
         try:
-            for future in as_completed(futures, loop=self._client.loop):
-                yield _result(future)
-                future.release()
+            yield
+        except KilledWorker as error:
+            raise PatchbankError(
+                f"{error.allowed_failures + 1} Dask workers died over one piece of the work, the "
+                f"last at {error.last_worker.address}; look into its log (out of memory?), then "
+                f"{again}"
+            ) from error
+        except CancelledError as error:
+            if self._gave_up:
+                raise PatchbankError(
+                    f"no Dask worker for {WITHOUT_WORKERS_S:.0f} s; start some and {again}"
+                ) from error
+            what = "has dropped the work" if self._is_connected else "is gone"
+            raise PatchbankError(
+                f"the Dask scheduler at {self._scheduler} {what}; see that it runs and {again}"
+            ) from error
         finally:
             ended.set()
             watch.join()
 
-    def _call(self, function: Callable[..., T], *arguments: object) -> T:
-        future = self._client.submit(function, self._plugin, *arguments, pure=False)
-        ended = threading.Event()
-        watch = threading.Thread(target=self._watch, args=([future], ended), daemon=True)
-        watch.start()
-        try:
-            result: T = _result(future)
-        finally:
-            ended.set()
-            watch.join()
-        return result
+    @property
+    def _is_connected(self) -> bool:
+        return bool(self._client.status == "running")
 
     def _watch(self, futures: Sequence[Future[Any]], ended: threading.Event) -> None:
         """Gives up where there has been no worker for too long."""
         seen_s = time.monotonic()
         while not ended.wait(1.0):
             try:
-                there = self._client.scheduler_info(n_workers=-1)["workers"]
+                # Without a scheduler the question would wait for half a minute.
+                there = self._is_connected and self._client.scheduler_info(n_workers=-1)["workers"]
             except (OSError, KeyError, RuntimeError):
                 there = {}
             if there:
                 seen_s = time.monotonic()
             elif time.monotonic() - seen_s > WITHOUT_WORKERS_S:
+                self._gave_up = True
                 self._client.cancel(list(futures), force=True)
                 return
-
-
-def _result(future: Future[Any]) -> Any:
-    try:
-        return future.result()
-    except CancelledError as error:
-        raise PatchbankError(
-            f"no Dask worker for {WITHOUT_WORKERS_S:.0f} s; start some and run the same command "
-            "again: what is committed is not done again"
-        ) from error
 
 
 @contextmanager
@@ -116,9 +137,10 @@ def open_workers(job: ExtractionJob, scheduler: str | None) -> Iterator[Workers]
     with _client(scheduler) as client:
         client.register_plugin(_ExtractionPlugin(job), name=plugin)
         try:
-            yield Workers(client, plugin)
+            yield Workers(client, plugin, scheduler or "this process")
         finally:
-            client.unregister_worker_plugin(plugin)
+            if client.status == "running":
+                client.unregister_worker_plugin(plugin)
 
 
 class _ExtractionPlugin(WorkerPlugin):

@@ -144,7 +144,7 @@ class TokenReader:
         return self._shards[shard]
 
     def _map(self, shard: int) -> Mapped:
-        """The file of a shard, up to the end of its last row; `BankCorrupt` where it ends sooner."""
+        """The file of a shard; `BankCorrupt` where it ends before its last row."""
         places, path = self._places, self._places.files[shard]
         first = shard * places.rows_per_shard
         offsets = places.offset[first : first + places.rows_per_shard]

@@ -28,6 +28,7 @@ from patchbank.pipeline.bank import Bank, layout, open_bank, reader
 from patchbank.pipeline.bank.schema import SmallArray, create_small_array
 from patchbank.pipeline.errors import BankCorrupt
 from patchbank.pipeline.extraction import ExtractionSettings, extract
+from patchbank.pipeline.rebuild import rebuild_bank
 from patchbank.pipeline.specs import WindowSpec, canonical_json
 from patchbank.probing import BatchLoader
 
@@ -109,7 +110,14 @@ def brief(two_layers: Path) -> Path:
     ).path
 
 
-@pytest.fixture(params=["two_layers", "long_rows", "grown_int8", "brief"])
+@pytest.fixture(scope="module")
+def derived(grown_int8: Path) -> Path:
+    """float32 made from int8, one layer, no holes."""
+    out = grown_int8.with_name("derived.bank")
+    return rebuild_bank([open_bank(grown_int8)], out, dtype="float32", layers=[2]).path
+
+
+@pytest.fixture(params=["two_layers", "long_rows", "grown_int8", "brief", "derived"])
 def bank(request: pytest.FixtureRequest) -> Bank:
     return open_bank(request.getfixturevalue(request.param))
 

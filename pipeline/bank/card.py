@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from patchbank.pipeline.bank.dtypes import STORED_TYPES
-from patchbank.pipeline.bank.schema import FORMAT_VERSION, BankSchema
-from patchbank.pipeline.bank.seal_record import NO_JSON
+from patchbank.pipeline.bank.schema import FORMAT_VERSION, BankSchema, Storage
+from patchbank.pipeline.bank.seal_record import as_digest, brief, parse_json
 from patchbank.pipeline.errors import BankCorrupt, BankError, BankNotFound
-from patchbank.pipeline.specs import Grid, Json, LayerSpec, digest
+from patchbank.pipeline.specs import LONGEST_WINDOW_S, Grid, Json, LayerSpec, digest
 
 RECIPE_FIELDS = (
     "encoder",
@@ -23,6 +22,28 @@ RECIPE_FIELDS = (
     "quantisation",
 )
 """The recipe's fields in a card; the list of layers is the seventh."""
+LONGEST_TEXT = 65_536
+
+
+def checked_schema(attributes: Json) -> BankSchema:
+    """The shapes that a bank's attributes state, once all that its readers use is what it should
+    be; raises what `schema_of_card` does."""
+    as_digest(attributes["encoder_id"])
+    as_digest(attributes["recipe_id"])
+    card = attributes["card"]
+    encoder, window = card["encoder"], card["window"]
+    _text(encoder["name"], "encoder.name")
+    _text(encoder["weights_sha256"], "encoder.weights_sha256")
+    _count(encoder["sample_rate_hz"], "encoder.sample_rate_hz")
+    for name in ("window_s", "hop_s"):
+        _seconds(window[name], f"window.{name}")
+    for name in ("licence", "source", "compute_dtype"):
+        _text(card[name], name)
+    if not isinstance(card["quantisation"], Mapping) or not isinstance(card["mask_padding"], bool):
+        raise ValueError("quantisation is no object, or mask_padding neither true nor false")
+    if window["pad"] not in ("zero", "repeat"):
+        raise ValueError(f"window.pad is {brief(window['pad'])}")
+    return schema_of_card(card)
 
 
 def schema_of_card(card: Json) -> BankSchema:
@@ -36,9 +57,12 @@ def schema_of_card(card: Json) -> BankSchema:
         if key != str(number):
             raise ValueError(f"layer {key!r}")
         n_prefix = _count(layer["n_prefix"], "n_prefix", least=0)
-        layers.append(LayerSpec(number, layer["meaning"], _count(layer["dim"], "dim"), n_prefix))
-        grid = Grid(**layer["grid"])
-        grids[number] = Grid(_count(grid.time, "grid.time"), _count(grid.freq, "grid.freq"))
+        meaning, dim = _text(layer["meaning"], "meaning"), _count(layer["dim"], "dim")
+        layers.append(LayerSpec(number, meaning, dim, n_prefix))
+        grid = layer["grid"]
+        if set(grid) != {"time", "freq"}:
+            raise ValueError(f"grid is {brief(grid)}")
+        grids[number] = Grid(*(_count(grid[axis], f"grid.{axis}") for axis in ("time", "freq")))
     if not layers or card["stored_dtype"] not in STORED_TYPES:
         raise ValueError(f"{len(layers)} layers of {card['stored_dtype']!r}")
     generations = [_count(n_clips, "generations") for n_clips in card["generations"]]
@@ -50,14 +74,33 @@ def schema_of_card(card: Json) -> BankSchema:
         layers=tuple(layers),
         grids=grids,
         stored_dtype=card["stored_dtype"],
+        storage=_storage(card.get("storage", "aligned")),
     )
+
+
+def _storage(value: Any) -> Storage:
+    if value not in get_args(Storage):
+        raise ValueError(f"storage is {brief(value)}")
+    found: Storage = value
+    return found
 
 
 def _count(value: Any, name: str, *, least: int = 1) -> int:
     """`value` as a number of things; what a bank holds can be counted in 48 bits."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**48:
-        raise ValueError(f"{name} is {str(value)[:40]}, expected a whole number from {least}")
+        raise ValueError(f"{name} is {brief(value)}, expected a whole number from {least}")
     return value
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str) or len(value) > LONGEST_TEXT:
+        raise ValueError(f"{name} is {brief(value)}, expected a text")
+    return value
+
+
+def _seconds(value: Any, name: str) -> None:
+    if type(value) not in (int, float) or not 0 < value <= LONGEST_WINDOW_S:
+        raise ValueError(f"{name} is {brief(value)}, expected seconds")
 
 
 def layers_of_schema(schema: BankSchema) -> Json:
@@ -94,19 +137,25 @@ def read_attributes(path: Path) -> Json:
 
     Raises `BankNotFound` where it is no bank, `BankError` for a newer format, `BankCorrupt`.
     """
+    file = path / "zarr.json"
+    if not file.is_file():
+        raise BankNotFound(f"no bank at {path}: there is no zarr.json")
     try:
-        document = json.loads((path / "zarr.json").read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        raise BankNotFound(f"no bank at {path}: there is no zarr.json") from None
-    except NO_JSON as error:
-        raise BankCorrupt(f"{path / 'zarr.json'} is no JSON: {str(error)[:200]}") from error
+        document = parse_json(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise BankCorrupt(f"{file} is no JSON: {str(error)[:200]}; pull the bank again") from error
     attributes = document.get("attributes", {}) if isinstance(document, Mapping) else {}
     if not isinstance(attributes, Mapping) or "patchbank_format" not in attributes:
         raise BankNotFound(f"{path} is a Zarr group but no bank: it has no patchbank_format")
     version = attributes["patchbank_format"]
+    if type(version) is not int or version < FORMAT_VERSION:
+        raise BankCorrupt(
+            f"{file} has patchbank_format {brief(version)}, expected a whole number from "
+            f"{FORMAT_VERSION}; pull the bank again"
+        )
     if version != FORMAT_VERSION:
         raise BankError(
-            f"{path} has bank format {str(version)[:40]}; this patchbank reads format "
+            f"{path} has bank format {version}; this patchbank reads format "
             f"{FORMAT_VERSION}: pip install --upgrade patchbank"
         )
     if not isinstance(attributes.get("card"), Mapping):

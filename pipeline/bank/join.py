@@ -47,6 +47,13 @@ def join_banks(
     """
     check_joinable(banks)
     first = banks[0]
+    if len({bank.schema.storage for bank in banks}) > 1:
+        found_storage = [bank.schema.storage for bank in banks]
+        raise BankMismatch(
+            "an archive cannot be joined with banks to train from; make one of the other first: "
+            "patchbank bank convert",
+            {"storage": (found_storage, [first.schema.storage] * len(banks))},
+        )
     if len({bank.schema.rows_per_shard for bank in banks}) > 1:
         found = [bank.schema.rows_per_shard for bank in banks]
         raise BankMismatch(

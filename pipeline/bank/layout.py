@@ -55,7 +55,12 @@ def encode_index(layout: ShardLayout, n_rows: int) -> bytes:
     entries = np.full((layout.n_slots, 2), MISSING, dtype="<u8")
     entries[:n_rows, 0] = np.arange(n_rows, dtype="<u8") * np.uint64(layout.row_stride_bytes)
     entries[:n_rows, 1] = layout.row_bytes
-    body = entries.tobytes()
+    return sealed_index(entries)
+
+
+def sealed_index(entries: UInt64[np.ndarray, "slot 2"]) -> bytes:
+    """Offsets and lengths as they stand at the end of a shard file, with their checksum."""
+    body = entries.astype("<u8", copy=False).tobytes()
     return body + crc32c(body).to_bytes(_CHECKSUM_BYTES, "little")
 
 
@@ -65,8 +70,17 @@ def parse_index(
     """The offset of each slot's row in a shard file, -1 for empty slots.
 
     `tail` is the last `layout.index_bytes` of the file. Raises `BankCorrupt` where the checksum
-    does not match, an entry leaves the file, has another length than a row, or overlaps another.
+    does not match, or an entry leaves the file, has another length than a row, overlaps another or
+    is not aligned.
     """
+    entries = index_entries(tail, layout, file_bytes=file_bytes, name=name)
+    return _checked_offsets(entries, layout, file_bytes=file_bytes, name=name)
+
+
+def index_entries(
+    tail: bytes, layout: ShardLayout, *, file_bytes: int, name: str
+) -> UInt64[np.ndarray, "slot 2"]:
+    """Offsets and lengths as an index tells them, unchecked; `BankCorrupt` for a wrong checksum."""
     if len(tail) != layout.index_bytes:
         raise BankCorrupt(
             f"shard {name}: {file_bytes} bytes, too short for an index of {layout.index_bytes}"
@@ -74,22 +88,18 @@ def parse_index(
     body, stored = tail[:-_CHECKSUM_BYTES], tail[-_CHECKSUM_BYTES:]
     if crc32c(body).to_bytes(_CHECKSUM_BYTES, "little") != stored:
         raise BankCorrupt(f"shard {name}: the index does not match its crc32c")
-    entries = np.frombuffer(body, dtype="<u8").reshape(layout.n_slots, 2)
-    return _checked_offsets(entries, layout, file_bytes=file_bytes, name=name)
+    return np.frombuffer(body, dtype="<u8").reshape(layout.n_slots, 2)
 
 
 def _checked_offsets(
     entries: UInt64[np.ndarray, "slot 2"], layout: ShardLayout, *, file_bytes: int, name: str
 ) -> Int64[np.ndarray, " slot"]:
     empty = (entries == MISSING).all(axis=1)
-    end_of_rows = file_bytes - layout.index_bytes
-    highest_offset = max(end_of_rows - layout.row_bytes, -1)
     offset, length = entries[:, 0], entries[:, 1]
-    wrong = ~empty & (
-        (length != np.uint64(layout.row_bytes))
-        | (offset > np.uint64(max(highest_offset, 0)))
-        | (highest_offset < 0)
-    )
+    end_of_rows = file_bytes - layout.index_bytes
+    # Plain numbers: a row may be said to have more bytes than 64 bits count.
+    last_offset = end_of_rows - layout.row_bytes
+    wrong = ~empty & ((length != layout.row_bytes) | (offset > last_offset) | (last_offset < 0))
     if wrong.any():
         slot = int(np.argmax(wrong))
         raise BankCorrupt(
@@ -97,8 +107,11 @@ def _checked_offsets(
             f"{int(offset[slot])}; rows have {layout.row_bytes} bytes and end before {end_of_rows}"
         )
     used = np.sort(offset[~empty])
-    if (np.diff(used) < np.uint64(layout.row_bytes)).any():
+    if (np.diff(used) < layout.row_bytes).any():
         raise BankCorrupt(f"shard {name}: rows overlap in the index")
+    # Direct reads and 16-bit views need it.
+    if (used % np.uint64(ALIGNMENT_BYTES)).any():
+        raise BankCorrupt(f"shard {name}: a row does not begin at a multiple of {ALIGNMENT_BYTES}")
     return np.where(empty, np.int64(-1), offset.astype(np.int64))
 
 

@@ -59,11 +59,11 @@ def load_constants(bank: Path, card: Json, layer: int) -> ChannelConstants:
     that its card names."""
     folder = bank / f"layers/{layer}"
     try:
-        size = 4 * int(card["layers"][str(layer)]["dim"])
+        dim = int(card["layers"][str(layer)]["dim"])
         paths = [folder / name / "c.0" for name in CONSTANTS]
-        if any(path.stat().st_size != size for path in paths):
+        if any(path.stat().st_size != 4 * dim for path in paths):
             raise ValueError("their size is another")
-        constants = ChannelConstants(*(np.fromfile(path, "<f4") for path in paths))
+        constants = ChannelConstants(*(np.fromfile(path, "<f4", dim) for path in paths))
         if constants.sha256 != card["quantisation"]["constants_sha256"][str(layer)]:
             raise ValueError("the card names others")
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Int32, Int64, Shaped
 
+from patchbank.pipeline.bank.archive import archive_bytes, archive_spans
 from patchbank.pipeline.bank.assembly import CLIPS
-from patchbank.pipeline.bank.card import read_attributes, schema_of_card
+from patchbank.pipeline.bank.card import checked_schema, read_attributes
 from patchbank.pipeline.bank.clip_table import read_clips
 from patchbank.pipeline.bank.layout import parse_index
 from patchbank.pipeline.bank.quantised import ChannelConstants, load_constants
@@ -20,6 +22,7 @@ from patchbank.pipeline.bank.schema import (
     DONE,
     FAILED,
     FORMAT_VERSION,
+    SMALL_CHUNK_ROWS,
     BankSchema,
     SmallArray,
     TokenArray,
@@ -34,13 +37,15 @@ ADVICE = "pull the bank again, or remove it and extract"
 
 @dataclass(frozen=True)
 class RowPlaces:
-    """Where the rows of one array lie: row i is `row_bytes` bytes at `offset[i]` of its file."""
+    """Where the rows of one array lie: row i is `length[i]` bytes at `offset[i]` of its file."""
 
     array: TokenArray
     files: tuple[Path, ...]
     rows_per_shard: int
     offset: Int64[np.ndarray, " row"]
     """-1 for holes, which are rows without a clip."""
+    length: Int64[np.ndarray, " row"]
+    """`row_bytes`, but for the compressed rows of an archive."""
 
     def shard_of(self, row: int) -> int:
         return row // self.rows_per_shard
@@ -100,14 +105,25 @@ class Bank:
 
     def array(self, layer: int, kind: str = "patches") -> TokenArray:
         """The sharded array of a layer; `BankError` where there is none of that kind."""
+        layer = self.resolve_layer(layer)
         for array in self.schema.arrays():
-            if (array.layer, array.kind) == (self.resolve_layer(layer), kind):
+            if (array.layer, array.kind) == (layer, kind):
                 return array
         raise BankError(f"{self.path}: layer {layer} has no {kind} tokens")
 
     def n_patches(self, layer: int) -> Int32[np.ndarray, " row"]:
         """Patches that count in each row: 0 in a failed one, -1 in a hole."""
-        return self.small(self._small_array(layer, "n_patches"))
+        layer = self.resolve_layer(layer)
+        counts = self.small(self._small_array(layer, "n_patches"))
+        most = self.schema.grids[layer].n_patches
+        wrong = (counts < -1) | (counts > most)
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise BankCorrupt(
+                f"{self.path}: layers/{layer}/n_patches: row {row} counts {counts[row]} patches "
+                f"of {most}; {ADVICE}"
+            )
+        return counts
 
     def pooled(self, layer: int, pool: str = "mean") -> Float32[np.ndarray, "row dim"]:
         """The stored mean, max or min over patches; NaN for failed rows and holes."""
@@ -122,8 +138,9 @@ class Bank:
         return load_constants(self.path, self.card, self.resolve_layer(layer))
 
     def _small_array(self, layer: int, name: str) -> SmallArray:
+        layer = self.resolve_layer(layer)
         for array in self.schema.small_arrays():
-            if (array.layer, array.name) == (self.resolve_layer(layer), name):
+            if (array.layer, array.name) == (layer, name):
                 return array
         raise BankError(f"{self.path}: layer {layer} has no {name}")
 
@@ -135,27 +152,39 @@ class Bank:
         rows = range(self.n_rows) if rows is None else rows
         per_chunk = array.chunk_rows(self.n_rows)
         out = np.empty((len(rows), *array.row_shape), array.dtype)
-        ending = ".0" * len(array.row_shape)
         for chunk in range(rows.start // per_chunk, -(-rows.stop // per_chunk)):
             first = chunk * per_chunk
             part = range(max(rows.start, first), min(rows.stop, first + per_chunk))
             inside = range(part.start - first, part.stop - first)
-            path = self.path / array.path / f"c.{chunk}{ending}"
+            path = self.path / _chunk_path(array, chunk)
             place = slice(part.start - rows.start, part.stop - rows.start)
             out[place] = _read_rows(path, array.dtype, array.row_shape, inside, per_chunk)
         return out
 
     def places(self, layer: int, kind: str = "patches") -> RowPlaces:
-        """Offsets of all rows from the shards' indices.
+        """Where all rows lie, from the shards' indices: `row_bytes` bytes each.
 
-        Raises `BankCorrupt` where an index is damaged or a row that the clips promise is missing.
+        Raises `BankCorrupt` where an index is damaged or a row that the clips promise is missing,
+        `BankError` for an archive, whose rows are compressed.
         """
+        if self.schema.is_archive:
+            raise BankError(
+                f"{self.path} is an archive: its tokens are compressed; make a bank of it with "
+                f"`patchbank bank convert {self.path} --out ...`"
+            )
+        return self.stored_places(layer, kind)
+
+    def stored_places(self, layer: int, kind: str = "patches") -> RowPlaces:
+        """`places`, of an archive too: where its compressed rows lie."""
         array = self.array(layer, kind)
         shards = range(self.schema.n_shards)
         offset = np.full(self.n_rows, -1, np.int64)
+        length = np.zeros(self.n_rows, np.int64)
         for shard in shards:
             rows = self.schema.rows_of(shard)
-            offset[rows.start : rows.stop] = self._shard_offsets(array, shard)[: len(rows)]
+            spans = self._shard_spans(array, shard)[: len(rows)]
+            offset[rows.start : rows.stop] = spans[:, 0]
+            length[rows.start : rows.stop] = spans[:, 1]
         promised = np.isin(self.status, (DONE, FAILED))
         missing = promised & (offset < 0)
         if missing.any():
@@ -163,9 +192,10 @@ class Bank:
             name = array.shard_path(row // self.schema.rows_per_shard)
             raise BankCorrupt(f"{self.path}: shard {name}: row {row} is missing; {ADVICE}")
         files = tuple(self.path / array.shard_path(shard) for shard in shards)
-        return RowPlaces(array, files, self.schema.rows_per_shard, offset)
+        return RowPlaces(array, files, self.schema.rows_per_shard, offset, length)
 
-    def _shard_offsets(self, array: TokenArray, shard: int) -> Int64[np.ndarray, " slot"]:
+    def _shard_spans(self, array: TokenArray, shard: int) -> Int64[np.ndarray, "slot 2"]:
+        """Offset and length of each slot's row; -1 and 0 for empty ones."""
         name = array.shard_path(shard)
         layout = array.layout(self.schema.rows_per_shard)
         try:
@@ -176,23 +206,33 @@ class Bank:
                 tail = file.read(min(size, layout.index_bytes))
         except OSError as error:
             raise BankCorrupt(f"{self.path}: shard {name}: {error.strerror}; {ADVICE}") from error
-        return parse_index(tail, layout, file_bytes=size, name=name)
+        if self.schema.is_archive:
+            return archive_spans(tail, layout, file_bytes=size, name=name)
+        offsets = parse_index(tail, layout, file_bytes=size, name=name)
+        return np.stack([offsets, np.where(offsets < 0, 0, array.row_bytes)], 1)
 
     def check_files(self) -> None:
         """Compares every sealed file's size; `BankCorrupt` names the first that differs."""
         for name, file in self.seal.files.items():
             path = self.path / name
-            found = path.stat().st_size if path.is_file() else None
+            try:
+                found = path.stat().st_size if path.is_file() else None
+            except OSError as error:
+                raise BankCorrupt(f"{self.path}: {name}: {error.strerror}; {ADVICE}") from error
             if found != file.size:
                 what = "is missing" if found is None else f"has {found} bytes, sealed {file.size}"
                 raise BankCorrupt(f"{self.path}: {name} {what}; {ADVICE}")
+
+
+def _chunk_path(array: SmallArray, chunk: int) -> str:
+    return f"{array.path}/c.{chunk}{'.0' * len(array.row_shape)}"
 
 
 def _read_rows(
     path: Path, dtype: str, row_shape: tuple[int, ...], rows: range, n_rows: int
 ) -> Shaped[np.ndarray, "row ..."]:
     """Some rows of a chunk file of `n_rows` rows."""
-    row_bytes = np.dtype(dtype).itemsize * int(np.prod(row_shape, dtype=np.int64))
+    row_bytes = np.dtype(dtype).itemsize * math.prod(row_shape)
     try:
         with path.open("rb") as file:
             size = file.seek(0, 2)
@@ -229,7 +269,7 @@ def _checked_bank(bank: Path, attributes: Json, seal: Seal) -> Bank:
     if seal.recipe_id != attributes.get("recipe_id"):
         raise BankCorrupt(f"{bank}: zarr.json and seal.json name different recipes; {ADVICE}")
     try:
-        schema = schema_of_card(attributes["card"])
+        schema = checked_schema(attributes)
         opened = Bank(bank, attributes, seal, schema)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = f"{type(error).__name__} {str(error)[:200]}"
@@ -239,19 +279,41 @@ def _checked_bank(bank: Path, attributes: Json, seal: Seal) -> Bank:
     return opened
 
 
-def shape_problems(schema: BankSchema, seal: Seal) -> Iterable[str]:
-    """Sealed files that cannot hold what the card states; no more than the seal has files."""
-    arrays = schema.arrays()
-    if schema.n_shards * len(arrays) > len(seal.files):
-        yield f"the card states {schema.n_shards * len(arrays)} shard files, which are not sealed"
+def shape_problems(schema: BankSchema, seal: Seal) -> Iterator[str]:
+    """Sealed files that cannot hold what the card states; no more than the seal has files.
+
+    None means that rows, shards, layers and row sizes are all accounted for by bytes on the disk,
+    so that loops over them, and arrays of their size, cost no more than the files do.
+    """
+    n_shard_files = schema.n_shards * len(schema.arrays())
+    n_chunks = -(-schema.n_rows // SMALL_CHUNK_ROWS)
+    n_chunk_files = n_chunks * len(schema.small_arrays())
+    if n_shard_files + n_chunk_files > len(seal.files):
+        yield (
+            f"the card states {n_shard_files} shard files and {n_chunk_files} of small arrays, "
+            f"which are not sealed: there are {len(seal.files)} files"
+        )
         return
-    for array in arrays:
-        layout = array.layout(schema.rows_per_shard)
-        for shard in range(schema.n_shards):
-            name, expected = array.shard_path(shard), layout.file_bytes(len(schema.rows_of(shard)))
-            file = seal.files.get(name)
-            if file is None or file.size != expected:
-                found = "is not sealed" if file is None else f"is sealed with {file.size} bytes"
-                yield f"{name} {found}, the card states {expected}"
+    for name, sizes in _expected_sizes(schema):
+        file = seal.files.get(name)
+        if file is None or not sizes.start <= file.size < sizes.stop:
+            found = "is not sealed" if file is None else f"is sealed with {file.size} bytes"
+            yield f"{name} {found}, the card states {sizes.stop - 1}"
     if CLIPS not in seal.files:
         yield f"{CLIPS} is not sealed"
+
+
+def _expected_sizes(schema: BankSchema) -> Iterator[tuple[str, range]]:
+    """Files that a card states, and the sizes that they may have: one, but for archives."""
+    for array in schema.arrays():
+        layout = array.layout(schema.rows_per_shard)
+        for shard in range(schema.n_shards):
+            n_rows = len(schema.rows_of(shard))
+            most = layout.file_bytes(n_rows)
+            least = archive_bytes(layout, n_rows) if schema.is_archive else most
+            yield array.shard_path(shard), range(least, most + 1)
+    for small in schema.small_arrays():
+        n_values = small.chunk_rows(schema.n_rows) * math.prod(small.row_shape)
+        for chunk in range(-(-schema.n_rows // SMALL_CHUNK_ROWS)):
+            n_bytes = n_values * np.dtype(small.dtype).itemsize
+            yield _chunk_path(small, chunk), range(n_bytes, n_bytes + 1)

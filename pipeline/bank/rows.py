@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Shaped
 
+from patchbank.pipeline.bank.archive import decompress
 from patchbank.pipeline.bank.identity import digest_columns
 from patchbank.pipeline.bank.layout import crc32c
 from patchbank.pipeline.bank.reader import ADVICE, Bank, RowPlaces
@@ -40,20 +41,34 @@ class RowBytes:
 
     def __init__(self, bank: Bank, array: TokenArray) -> None:
         self._bank, self._array = bank, array
-        self._places: RowPlaces = bank.places(array.layer, array.kind)
+        self._places: RowPlaces = bank.stored_places(array.layer, array.kind)
         self._crc32c: Sequence[int | None] = bank.clips[f"crc32c_{array.column_suffix}"].to_pylist()
 
     def read(self, row: int) -> Shaped[np.ndarray, "token dim"]:
         """The stored tokens of a row; `BankCorrupt` where they are not those of its checksum."""
         array, path = self._array, self._places.files[self._places.shard_of(row)]
-        data = _read_at(path, int(self._places.offset[row]), array.row_bytes)
-        if len(data) != array.row_bytes or crc32c(data) != self._crc32c[row]:
+        data = _read_at(path, int(self._places.offset[row]), int(self._places.length[row]))
+        try:
+            tokens = self._decoded(data)
+        except ValueError as error:
+            name = path.relative_to(self._bank.path)
+            raise BankCorrupt(
+                f"{self._bank.path}: shard {name}, row {row}: {error}; {ADVICE}"
+            ) from error
+        if crc32c(tokens) != self._crc32c[row]:
             name = path.relative_to(self._bank.path)
             raise BankCorrupt(
                 f"{self._bank.path}: shard {name}, row {row}: the bytes do not match their "
                 f"checksum; {ADVICE}"
             )
-        return np.frombuffer(data, array.dtype).reshape(array.n_tokens, array.dim)
+        return np.frombuffer(tokens, array.dtype).reshape(array.n_tokens, array.dim)
+
+    def _decoded(self, data: bytes) -> bytes:
+        if self._bank.schema.is_archive:
+            return decompress(data, row_bytes=self._array.row_bytes)
+        if len(data) != self._array.row_bytes:
+            raise ValueError(f"{len(data)} bytes, expected {self._array.row_bytes}")
+        return data
 
 
 def _read_at(path: Path, offset: int, n_bytes: int) -> bytes:

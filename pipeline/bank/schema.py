@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import zarr
 from jaxtyping import Int64
+from zarr.codecs import BloscCodec
 
 from patchbank.pipeline.bank.dtypes import STORED_TYPES, StoredType, prefix_type
 from patchbank.pipeline.bank.layout import ShardLayout
@@ -28,6 +29,7 @@ DONE, FAILED, HOLE = 1, 2, 3
 POOLED = ("mean", "max", "min")
 SMALL_CHUNK_ROWS = 65_536
 STALE_DRAFT_S = 3_600
+Storage = Literal["aligned", "blosc"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,12 @@ class BankSchema:
     layers: tuple[LayerSpec, ...]
     grids: Mapping[int, Grid]
     stored_dtype: StoredDType = "float16"
+    storage: Storage = "aligned"
+    """"aligned": rows as they are, at 4,096-byte boundaries; "blosc": compressed, an archive."""
+
+    @property
+    def is_archive(self) -> bool:
+        return self.storage != "aligned"
 
     @property
     def stored(self) -> StoredType:
@@ -244,7 +252,7 @@ def create_token_array(bank: Path, array: TokenArray, schema: BankSchema) -> Non
         chunks=(1, *row),
         shards=(schema.rows_per_shard, *row),
         dtype=array.dtype,
-        compressors=None,
+        compressors=archive_codec(array.dtype) if schema.is_archive else None,
         filters=None,
         # A row that is not there reads as this through any Zarr reader, never as zeros.
         fill_value=array.stored.fill,
@@ -253,6 +261,11 @@ def create_token_array(bank: Path, array: TokenArray, schema: BankSchema) -> Non
         attributes=array.stored.attributes,
         config={"write_empty_chunks": True},
     )
+
+
+def archive_codec(dtype: np.dtype[Any]) -> BloscCodec:
+    """What the rows of an archive are compressed with, as Zarr names it."""
+    return BloscCodec(typesize=dtype.itemsize, cname="zstd", clevel=5, shuffle="bitshuffle")
 
 
 def create_small_array(folder: Path, array: SmallArray, n_rows: int) -> zarr.Array[Any]:

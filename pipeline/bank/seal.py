@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from patchbank.pipeline.bank.assembly import CLIPS, PartRows, RowSource, assemble
 from patchbank.pipeline.bank.commit import (
+    NEXT,
     WORK,
     committed_names,
     open_attempt,
@@ -52,11 +53,12 @@ def seal_bank(
     `sources` gives its rows where they do not lie in its parts. Raises `BankIncomplete` where a
     shard is not committed. Sealing a sealed bank only clears what an interrupted run left behind.
     """
-    leftovers = [bank / "parts", bank / WORK]
-    if (bank / SEAL).is_file() and not any(path.exists() for path in leftovers):
+    if (bank / SEAL).is_file() and not _leftovers(bank):
         return
     with owning(bank):
         if not (bank / SEAL).is_file():
+            if (bank / NEXT / SEAL).is_file():
+                raise BankIncomplete(f"{bank}: a growth was cut short; run the same command again")
             recover_owned(bank)
             check_committed(bank, range(schema.n_shards), others=["golden"])
             if not (bank / CLIPS).is_file():
@@ -64,8 +66,15 @@ def seal_bank(
             _check_arrays(bank, schema)
             shutil.rmtree(bank / "parts", ignore_errors=True)
             write_seal(bank, file_records(bank), recipe_id=recipe_id)
-        for path in leftovers:
+        for path in _leftovers(bank):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _leftovers(bank: Path) -> list[Path]:
+    """What a sealed bank needs no more; the new shards of a growth are no leftovers."""
+    growing = (bank / NEXT / "zarr.json").is_file()
+    paths = [bank / "parts"] if growing else [bank / "parts", bank / WORK]
+    return [path for path in paths if path.exists()]
 
 
 def part_rows(bank: Path, schema: BankSchema) -> PartRows:

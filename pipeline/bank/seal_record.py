@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,6 +17,10 @@ from patchbank.pipeline.errors import BankCorrupt, BankIncomplete
 SEAL = "seal.json"
 NO_JSON = (ValueError, RecursionError)
 """What `json.loads` raises for bytes that are no JSON, too deep, or not UTF-8."""
+MOST_LEVELS = 64
+MOST_DIGITS = 40
+MOST_BYTES = 2**63
+"""More than any file system holds."""
 
 
 @dataclass(frozen=True)
@@ -47,40 +53,98 @@ def read_seal(bank: Path) -> Seal:
     """The seal of a bank, as it stands; `BankIncomplete` where there is none, or `BankCorrupt`."""
     require_seal(bank)
     try:
-        content = json.loads((bank / SEAL).read_bytes())
+        content = parse_json((bank / SEAL).read_bytes())
         files = [file_record(file) for file in content["files"]]
+        if type(content["format"]) is not int:
+            raise ValueError(f"format {brief(content['format'])}")
         seal = Seal(
             format=content["format"],
-            recipe_id=content["recipe_id"],
-            fingerprint=content["fingerprint"],
-            root_sha256=content["root_sha256"],
+            recipe_id=as_digest(content["recipe_id"]),
+            fingerprint=as_digest(content["fingerprint"]),
+            root_sha256=as_digest(content["root_sha256"]),
             matches_root=root_hash(content) == content["root_sha256"],
             files={file.path: file for file in files},
         )
-    except (KeyError, TypeError, AttributeError, *NO_JSON) as error:
-        raise BankCorrupt(f"{bank / SEAL} is damaged: {_brief(error)}; pull the bank again") from (
-            error
-        )
+        if len(seal.files) != len(files):
+            raise ValueError("a path is named twice")
+    except (OSError, KeyError, TypeError, AttributeError, *NO_JSON) as error:
+        reason = f"{type(error).__name__} {str(error)[:200]}"
+        raise BankCorrupt(f"{bank / SEAL} is damaged: {reason}; pull the bank again") from error
     return seal
+
+
+def parse_json(content: bytes) -> Any:
+    """A JSON document that a bank may hold; `ValueError` for every other sequence of bytes.
+
+    What Python's parser passes over is refused, so that whoever gets the document can print it,
+    hash it and compute with its numbers: NaN and infinities, nesting beyond 64 levels, whole
+    numbers of more than 40 digits, and half surrogate pairs.
+    """
+    text = content.decode("utf-8")
+    try:
+        document = json.loads(
+            text, parse_constant=_finite, parse_float=_finite, parse_int=_whole_number
+        )
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    level = [document]
+    for _ in range(MOST_LEVELS):
+        level = [child for value in level for child in _children(value)]
+    if level:
+        raise ValueError("it is nested too deeply")
+    if "\\u" in text:
+        json.dumps(document, ensure_ascii=False).encode("utf-8")
+    return document
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:MOST_DIGITS]} is no number")
+    return value
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"a number has {len(text)} digits")
+    return int(text)
+
+
+def _children(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def file_record(entry: Any) -> FileRecord:
     """An entry of a seal or a commit record; `ValueError` or `TypeError` where it is none."""
-    record = FileRecord(**entry)
-    if not isinstance(record.size, int) or isinstance(record.size, bool) or record.size < 0:
-        raise ValueError(f"size {record.size!r}")
-    if not isinstance(record.sha256, str) or not is_inside(record.path):
-        raise ValueError(f"path {record.path!r}")
-    return record
+    if not isinstance(entry, Mapping) or set(entry) != {"path", "size", "sha256"}:
+        raise TypeError(f"{brief(entry)} is no path, size and sha256")
+    size = entry["size"]
+    if type(size) is not int or not 0 <= size < MOST_BYTES:
+        raise ValueError(f"size {brief(size)}")
+    if not is_inside(entry["path"]):
+        raise ValueError(f"path {brief(entry['path'])}")
+    return FileRecord(entry["path"], size, as_digest(entry["sha256"]))
+
+
+def as_digest(value: object) -> str:
+    """`value`, which must be a SHA-256 in lower-case hexadecimal, else `ValueError`."""
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+        raise ValueError(f"{brief(value)} is no SHA-256")
+    return value
 
 
 def is_inside(path: object) -> bool:
-    """Whether `path` is a relative POSIX path that stays below the bank's folder."""
-    if not isinstance(path, str) or "\\" in path or "\0" in path:
+    """Whether `path` is a relative POSIX path that stays below the bank's folder, in its one
+    spelling, without characters that do not print."""
+    if not isinstance(path, str) or "\\" in path or not path.isprintable():
         return False
     pure = PurePosixPath(path)
-    return bool(pure.parts) and not pure.is_absolute() and ".." not in pure.parts
+    inside = bool(pure.parts) and not pure.is_absolute() and ".." not in pure.parts
+    return inside and str(pure) == path
 
 
-def _brief(error: BaseException) -> str:
-    return f"{type(error).__name__} {str(error)[:200]}"
+def brief(value: object) -> str:
+    """`value` as a part of an error message."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -9,25 +9,27 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pyarrow as pa
 
 from patchbank.pipeline.bank.assembly import CLIPS
-from patchbank.pipeline.bank.card import read_attributes, schema_of_card
+from patchbank.pipeline.bank.card import attributes_of_card, checked_schema, read_attributes
 from patchbank.pipeline.bank.clip_table import read_clips
 from patchbank.pipeline.bank.commit import WORK, read_record, shard_name
 from patchbank.pipeline.bank.damage import (
     lost_rows,
     shard_files,
     shard_problems,
+    shown,
 )
 from patchbank.pipeline.bank.identity import fingerprint
 from patchbank.pipeline.bank.reader import shape_problems
 from patchbank.pipeline.bank.schema import DONE, FAILED, FORMAT_VERSION, BankSchema
-from patchbank.pipeline.bank.seal_record import SEAL, Seal, read_seal
+from patchbank.pipeline.bank.seal_record import SEAL, Seal, brief, read_seal
 from patchbank.pipeline.bank.writer import FileRecord, hash_file
-from patchbank.pipeline.errors import BankCorrupt, BankError
+from patchbank.pipeline.errors import BankCorrupt, BankError, BankNotFound
 
 CARD = "zarr.json"
 HASH_THREADS = 8
@@ -45,7 +47,7 @@ def verify_bank(
 
     `quick` compares sizes, records, indices and counts; otherwise every sealed byte is read too.
     `progress` is called with the bytes read and the bytes to read. Raises `BankNotFound` or
-    `BankIncomplete` where there is no sealed bank.
+    `BankIncomplete` where there is no sealed bank, `BankError` for one of a newer format.
     """
     bank = Path(path)
     sizes, strange = _walk(bank)
@@ -57,7 +59,9 @@ def verify_bank(
     try:
         seal = read_seal(bank)
     except BankCorrupt as error:
+        _refuse_newer(bank, None, sizes)
         return (str(error).removeprefix(f"{bank}/"),)
+    _refuse_newer(bank, seal, sizes)
     there = [file for file in seal.files.values() if sizes.get(file.path) == file.size]
     to_hash = [file for file in there if not quick or file.path == CARD]
     wrong = _wrong_digests(bank, to_hash, progress)
@@ -69,22 +73,46 @@ def verify_bank(
     )
 
 
+def _refuse_newer(bank: Path, seal: Seal | None, sizes: Mapping[str, int]) -> None:
+    """Raises `BankError` for a bank of a newer format; a damaged card may only look like one."""
+    if CARD not in sizes:
+        return
+    try:
+        read_attributes(bank)
+    except (BankNotFound, BankCorrupt):
+        return
+    except BankError:
+        if seal is None or _sha256(bank, CARD) == _sealed_sha256(seal, CARD):
+            raise
+
+
+def _sealed_sha256(seal: Seal, name: str) -> str | None:
+    return seal.files[name].sha256 if name in seal.files else None
+
+
 def _walk(bank: Path) -> tuple[dict[str, int], dict[str, str]]:
     """Sizes of the files below `bank` outside notes/, and what is neither file nor folder."""
     sizes: dict[str, int] = {}
     strange: dict[str, str] = {}
     folders = [bank] if bank.is_dir() else []
     while folders:
-        for entry in os.scandir(folders.pop()):
+        folder = folders.pop()
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            strange[folder.relative_to(bank).as_posix()] = f"cannot be read: {error.strerror}"
+            continue
+        for entry in entries:
             name = Path(entry.path).relative_to(bank).as_posix()
             if entry.is_symlink():
                 strange[name] = "is a link; a bank holds its own files only"
             elif entry.is_dir():
-                folders.append(bank / name)
-            elif not entry.is_file():
-                strange[name] = "is no regular file"
-            elif name.split("/")[0] not in UNCHECKED:
+                if name not in UNCHECKED:
+                    folders.append(bank / name)
+            elif entry.is_file():
                 sizes[name] = entry.stat().st_size
+            else:
+                strange[name] = "is no regular file"
     return sizes, strange
 
 
@@ -129,9 +157,9 @@ def _listing_problems(
     schema, _ = _schema(bank, seal, {CARD} if sizes.get(CARD) else set())
     shards = {file.name: file for file in shard_files(bank, schema)} if schema else {}
     for name, what in sorted(strange.items()):
-        yield f"{name}: {what}"
+        yield f"{shown(name)}: {what}"
     for name, file in sorted(seal.files.items()):
-        if any(name == other or name.startswith(f"{other}/") for other in strange):
+        if any(str(path) in strange for path in (name, *PurePosixPath(name).parents)):
             continue
         rows = lost_rows(shards[name], sizes.get(name, 0)) if name in shards else ""
         if name not in sizes:
@@ -139,7 +167,7 @@ def _listing_problems(
         elif sizes[name] != file.size:
             yield f"{name}: {sizes[name]} bytes, sealed {file.size}{rows}"
     for name in sorted(set(sizes) - set(seal.files) - {SEAL}):
-        yield f"{name}: is not sealed; only notes/ may hold files that are not"
+        yield f"{shown(name)}: is not sealed; only notes/ may hold files that are not"
 
 
 def _content_problems(
@@ -149,23 +177,27 @@ def _content_problems(
     schema, problem = _schema(bank, seal, whole)
     clips, clip_problems = _clips(bank, seal, schema) if schema and CLIPS in whole else (None, [])
     shards = {file.name: file for file in shard_files(bank, schema)} if schema else {}
+    differences = _differences(seal, wrong)
     for name in sorted(set(wrong) - set(shards)):
-        yield f"{name}: {_difference(seal, name, wrong[name])}"
+        yield f"{name}: {differences[name]}"
     yield from problem
     yield from clip_problems
     if schema is not None:
         yield from _record_problems(bank, seal, schema, clips, whole)
     for name, file in shards.items():
         if name in wrong or name in whole:
-            difference = _difference(seal, name, wrong[name]) if name in wrong else None
-            yield from shard_problems(file, clips, difference=difference)
+            yield from shard_problems(file, clips, difference=differences.get(name))
 
 
-def _difference(seal: Seal, name: str, found: str) -> str:
-    for other in seal.files.values():
-        if other.sha256 == found:
-            return f"holds the bytes of {other.path}: the two were swapped, or one was copied"
-    return f"SHA-256 is {found[:12]}, sealed {seal.files[name].sha256[:12]}"
+def _differences(seal: Seal, wrong: Mapping[str, str]) -> dict[str, str]:
+    """How the bytes of files differ from the sealed ones, by path."""
+    owners = {file.sha256: file.path for file in seal.files.values()}
+    return {
+        name: f"holds the bytes of {owners[found]}: the two were swapped, or one was copied"
+        if found in owners
+        else f"SHA-256 is {found[:12]}, sealed {seal.files[name].sha256[:12]}"
+        for name, found in wrong.items()
+    }
 
 
 def _schema(bank: Path, seal: Seal, whole: set[str]) -> tuple[BankSchema | None, list[str]]:
@@ -176,11 +208,14 @@ def _schema(bank: Path, seal: Seal, whole: set[str]) -> tuple[BankSchema | None,
         attributes = read_attributes(bank)
         if attributes["recipe_id"] != seal.recipe_id:
             return None, [f"{SEAL}: names another recipe than {CARD}"]
-        schema = schema_of_card(attributes["card"])
+        schema = checked_schema(attributes)
+        identities = attributes_of_card(attributes["card"])
     except (BankError, KeyError, TypeError, ValueError, AttributeError) as error:
-        return None, [f"{CARD}: the card cannot be read: {error}"]
+        return None, [f"{CARD}: the card cannot be read: {_reason(error)}"]
     problems = [f"{CARD}: {problem}" for problem in shape_problems(schema, seal)]
-    return (None if problems else schema), problems
+    wrong = [name for name in ("encoder_id", "recipe_id") if attributes[name] != identities[name]]
+    names = [f"{CARD}: the {name} is not that of its card" for name in wrong]
+    return (None if problems else schema), [*problems, *names]
 
 
 def _clips(bank: Path, seal: Seal, schema: BankSchema) -> tuple[pa.Table | None, list[str]]:
@@ -208,9 +243,9 @@ def _record_problems(
         try:
             record = read_record(bank, name) or {}
             files = [FileRecord(**file) for file in record["files"]]
-            counts = [record["n_done"], record["n_failed"]] if rows else [0, 0]
-        except (BankCorrupt, KeyError, TypeError) as error:
-            yield f"{place}: is damaged: {error}"
+            counts = [_count(record[key]) for key in ("n_done", "n_failed")] if rows else [0, 0]
+        except (BankCorrupt, KeyError, TypeError, ValueError) as error:
+            yield f"{place}: is damaged: {_reason(error)}"
             continue
         for file in files:
             if not file.path.startswith("parts/") and seal.files.get(file.path) != file:
@@ -222,3 +257,13 @@ def _record_problems(
                     f"{place}: {counts[0]} done and {counts[1]} failed, "
                     f"{CLIPS} has {status.count(DONE)} and {status.count(FAILED)}"
                 )
+
+
+def _reason(error: Exception) -> str:
+    return str(error)[:300]
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int:
+        raise TypeError(f"{brief(value)} is no count")
+    return value
