@@ -19,6 +19,7 @@ class StoredDType(Enum):
     bfloat16 = "bfloat16"
     float32 = "float32"
     int8 = "int8"
+    int4 = "int4"
 
 
 class TaskKind(Enum):

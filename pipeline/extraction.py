@@ -137,7 +137,7 @@ def prepare(
         layers=choose_layers(model, settings.layers),
         stored_dtype=settings.stored_dtype,
         mask_padding=settings.mask_padding,
-        quantisation=quantisation_recipe() if settings.stored_dtype == "int8" else {},
+        quantisation=quantisation_recipe(settings.stored_dtype),
     )
     grids = model.grids(settings.window.n_samples(model.spec.sample_rate_hz))
     schema = schema_for(
@@ -373,7 +373,9 @@ def _begin(extraction: Extraction, workers: Workers) -> Extraction:
         constants = _calibrate(extraction, workers, batch_size)
         recipe = extraction.job.recipe
         if constants:
-            recipe = replace(recipe, quantisation=quantisation_recipe(constants))
+            recipe = replace(
+                recipe, quantisation=quantisation_recipe(recipe.stored_dtype, constants)
+            )
         attributes = bank_attributes(
             recipe, extraction.plan.schema, extraction.clips, {"batch_size": batch_size, **here}
         )

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from patchbank.pipeline.bank.card import attributes_of_card, layers_of_schema
 from patchbank.pipeline.bank.commit import committed_names, shard_name
+from patchbank.pipeline.bank.dtypes import STORED_TYPES
 from patchbank.pipeline.bank.identity import rows_digest
 from patchbank.pipeline.bank.layout import rows_per_shard
 from patchbank.pipeline.bank.schema import BankSchema, Storage
@@ -72,6 +73,13 @@ def schema_for(
     storage: Storage = "aligned",
 ) -> BankSchema:
     """Shapes and sharding of the bank of `n_clips` clips that is made at once."""
+    n_packed = STORED_TYPES[stored_dtype].n_packed
+    for spec in specs:
+        if spec.dim % n_packed:
+            raise PatchbankError(
+                f"{stored_dtype} packs channels in pairs, layer {spec.layer} has {spec.dim}; "
+                "choose another --dtype"
+            )
     chosen = {spec.layer: grids[spec.layer] for spec in specs}
     arrays = BankSchema((n_clips,), 1, specs, chosen, stored_dtype).arrays()
     rows = rows_per_shard(

@@ -197,7 +197,7 @@ def _attributes(
     was = banks[0].schema.stored_dtype
     if schema.stored_dtype == was:
         return attributes_of_card(card | quantisation_of_layers(banks[0], schema))
-    quantisation: Json = quantisation_recipe(constants) if constants else {}
+    quantisation = quantisation_recipe(schema.stored_dtype, constants)
     if was != "float32":
         # Tokens that were rounded before are not those that an extraction would give.
         history = banks[0].card["quantisation"].get("rounded_before", [])
@@ -226,7 +226,7 @@ def _constants(
         statistics = ChannelStatistics(array.dim)
         for clip in drawn.tolist():
             statistics.add(readers[int(owner[clip])].read(int(row[clip])))
-        constants[layer] = statistics.constants()
+        constants[layer] = statistics.constants().for_type(schema.stored)
     return constants
 
 
@@ -243,7 +243,7 @@ class TokenFloats:
         tokens = self._bytes.read(row)
         if self._constants is None or self._scale is None:
             return self._stored.to_float(tokens).astype(np.float32)
-        return self._constants.dequantise(tokens, self._scale[row])
+        return self._constants.dequantise(self._stored.to_codes(tokens), self._scale[row])
 
 
 def _rebuild_shard(plan: _Plan, shard: int) -> None:

@@ -148,7 +148,11 @@ class ShardExtractor:
                 flat = tokens.patches.float().flatten(0, 1).cpu().numpy()
                 statistics[layer].add(flat[np.isfinite(flat).all(1)])
         try:
-            return {layer: statistic.constants() for layer, statistic in statistics.items()}
+            stored = self._job.schema.stored
+            return {
+                layer: statistic.constants().for_type(stored)
+                for layer, statistic in statistics.items()
+            }
         except ValueError as error:
             raise EncoderError(
                 f"none of {len(clips)} clips gave tokens to calibrate with; check the audio and "

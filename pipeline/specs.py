@@ -17,7 +17,7 @@ from patchbank.pipeline.errors import PatchbankError
 
 Json = dict[str, Any]
 PadRule = Literal["zero", "repeat"]
-StoredDType = Literal["float16", "bfloat16", "float32", "int8"]
+StoredDType = Literal["float16", "bfloat16", "float32", "int8", "int4"]
 LONGEST_WINDOW_S = 3_600.0
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Float32, Int, Int8, Shaped
 from torch import Tensor
 
 from patchbank.pipeline.bank.dtypes import StoredType
-from patchbank.pipeline.bank.quantised import CODE_MAX, ChannelConstants
+from patchbank.pipeline.bank.quantised import ChannelConstants
 from patchbank.pipeline.specs import Grid
 
 FLOAT_DTYPES = {
@@ -18,13 +18,16 @@ FLOAT_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
 }
+COARSE_CODE_MAX = 7
+CLIP_FACTORS = (0.9, 0.8, 0.7, 0.6)
+"""Of the scale that holds a token's largest channel, for types with few codes."""
 
 
 @dataclass(frozen=True)
 class StoredTokens:
     """Tokens of a batch in the stored type, on the CPU."""
 
-    tokens: Shaped[np.ndarray, "batch token dim"]
+    tokens: Shaped[np.ndarray, "batch token width"]
     pooled: Float32[np.ndarray, "batch pool dim"]
     """Mean, maximum, minimum over the tokens that count, of the stored values, in float32."""
     failures: tuple[str | None, ...]
@@ -69,26 +72,79 @@ def _store_codes(
 ) -> StoredTokens:
     shift = torch.from_numpy(constants.shift).to(tokens.device)
     channel_scale = torch.from_numpy(constants.scale).to(tokens.device)
-    codes, scale = quantise((tokens - shift) / channel_scale)
+    even = (tokens - shift) / channel_scale
+    rotation = None
+    if constants.rotation is not None:
+        rotation = torch.from_numpy(constants.rotation).to(tokens.device)
+        even = rotate(even, rotation.T)
+    codes, scale = quantise(even, code_max=stored.code_max)
     lost = ~torch.isfinite(scale)[:, :, None]
     failures = _failures(tokens, lost, tokens == 0, dtype=stored.name)
     bad = _flags(failures, tokens.device)
-    codes[bad] = int(stored.fill)
     scale[bad] = torch.nan
-    values = codes.float() * scale.float()[:, :, None] * channel_scale + shift
+    values = codes.float() * scale.float()[:, :, None]
+    if rotation is not None:
+        values = rotate(values, rotation)
+    values = values * channel_scale + shift
+    codes[bad] = -stored.code_max - 1
     pooled = _pool(values, n_counted.to(tokens.device))
-    return StoredTokens(codes.cpu().numpy(), pooled.cpu().numpy(), failures, scale.cpu().numpy())
+    return StoredTokens(
+        stored.from_codes(codes.cpu().numpy()),
+        pooled.cpu().numpy(),
+        failures,
+        scale.cpu().numpy(),
+    )
+
+
+def rotate(
+    tokens: Float32[Tensor, "batch token dim"], matrix: Float32[Tensor, "block block"]
+) -> Float32[Tensor, "batch token dim"]:
+    """Each block of channels times `matrix`."""
+    blocks: Tensor = tokens.unflatten(2, (-1, len(matrix)))
+    return torch.matmul(blocks, matrix).flatten(2)
 
 
 def quantise(
-    tokens: Float32[Tensor, "batch token dim"],
+    tokens: Float32[Tensor, "batch token dim"], *, code_max: int
 ) -> tuple[Int8[Tensor, "batch token dim"], Float[Tensor, "batch token"]]:
-    """Codes in [-127, 127] of tokens whose channels have one size, and each token's scale."""
+    """Codes up to `code_max` of tokens whose channels have one size, and each token's scale.
+
+    With few codes, a smaller scale that cuts the largest channels may err less over all: of some,
+    the best for each token is taken.
+    """
+    largest = tokens.abs().amax(2) / code_max
+    best_codes, best_scale = _rounded(tokens, largest, code_max)
+    if code_max > COARSE_CODE_MAX:
+        return best_codes, best_scale
+    best_error = _squared_error(tokens, best_codes, best_scale)
+    for factor in CLIP_FACTORS:
+        codes, scale = _rounded(tokens, factor * largest, code_max)
+        error = _squared_error(tokens, codes, scale)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        best_codes = torch.where(better[:, :, None], codes, best_codes)
+    return best_codes, best_scale
+
+
+def _rounded(
+    tokens: Float32[Tensor, "batch token dim"],
+    scale: Float32[Tensor, "batch token"],
+    code_max: int,
+) -> tuple[Int8[Tensor, "batch token dim"], Float[Tensor, "batch token"]]:
     # Rounded first: the codes have to fit the scale that is stored.
-    scale = (tokens.abs().amax(2) / CODE_MAX).half()
-    step = scale.float()[:, :, None]
+    stored = scale.half()
+    step = stored.float()[:, :, None]
     codes = torch.where(step > 0, tokens / step, 0.0).round()
-    return codes.clamp(-CODE_MAX, CODE_MAX).to(torch.int8), scale
+    return codes.clamp(-code_max, code_max).to(torch.int8), stored
+
+
+def _squared_error(
+    tokens: Float32[Tensor, "batch token dim"],
+    codes: Int8[Tensor, "batch token dim"],
+    scale: Float[Tensor, "batch token"],
+) -> Float32[Tensor, "batch token"]:
+    return (codes.float() * scale.float()[:, :, None] - tokens).square().sum(2)
 
 
 def _flags(failures: tuple[str | None, ...], device: torch.device) -> Bool[Tensor, " batch"]:

@@ -31,24 +31,31 @@ def float_tensor(tokens: Shaped[np.ndarray, "clip token dim"]) -> Float[Tensor, 
 
 
 class Dequantiser:
-    """`codes * scale * channel_scale + channel_shift`, into memory that the next call overwrites.
+    """`ChannelConstants.dequantise`, into memory that the next call overwrites.
 
     The scales of all rows are held in memory: two bytes a token.
     """
 
     def __init__(self, bank: Bank, layer: int) -> None:
-        constants = bank.constants(layer)
+        constants, self._stored = bank.constants(layer), bank.schema.stored
+        self._rotation = (
+            None if constants.rotation is None else torch.from_numpy(constants.rotation)
+        )
         self._shift = torch.from_numpy(constants.shift)
         self._channel_scale = torch.from_numpy(constants.scale)
         self._scale = torch.from_numpy(bank.scale(layer))
         self._slot: Tensor | None = None
 
     def __call__(
-        self, codes: Shaped[np.ndarray, "clip token dim"], rows: Int[np.ndarray, " clip"]
+        self, stored: Shaped[np.ndarray, "clip token width"], rows: Int[np.ndarray, " clip"]
     ) -> Float[Tensor, "clip token dim"]:
+        codes = self._stored.to_codes(stored)
         out = self._slot_for(codes.shape)
         scale = self._scale[torch.from_numpy(rows.astype(np.int64))].float()
         torch.mul(torch.from_numpy(codes), scale[:, :, None], out=out)
+        if self._rotation is not None:
+            blocks = out.unflatten(2, (-1, len(self._rotation)))
+            out.copy_((blocks @ self._rotation).flatten(2))
         torch.addcmul(self._shift, out, self._channel_scale, out=out)
         return out
 

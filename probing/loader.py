@@ -120,7 +120,7 @@ class TokenReader:
 
     def _empty(self, n_rows: int) -> Tokens:
         array = self._places.array
-        return np.empty((n_rows, array.n_tokens, array.dim), array.dtype)
+        return np.empty((n_rows, array.n_tokens, array.width), array.dtype)
 
     def _slot_for(self, n_rows: int) -> Tokens:
         if self._slot is None or len(self._slot) < n_rows:
@@ -136,7 +136,7 @@ class TokenReader:
         array, offset = self._places.array, int(self._places.offset[row])
         mapped = self._shard(self._places.shard_of(row))
         flat = mapped[offset : offset + array.row_bytes].view(array.dtype)
-        return flat.reshape(array.n_tokens, array.dim)
+        return flat.reshape(array.n_tokens, array.width)
 
     def _shard(self, shard: int) -> Mapped:
         if shard not in self._shards:

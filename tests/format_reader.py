@@ -1,7 +1,8 @@
 """Reads bank format 1, from pipeline/bank/FORMAT.md alone. CRC-32C is pure Python: a table."""
 
-import hashlib
 import json
+from functools import reduce
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,11 @@ for _ in range(8):
 RECIPE = ("encoder", "window", "stored_dtype", "compute_dtype", "mask_padding", "quantisation")
 ROW = ("clip_id", "view", "path", "start_s", "duration_s", "audio_sha256", "status")
 to_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
-DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "int8": "i1"}
+DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "int8": "i1", "int4": "u1"}
 
 
-def crc32c(data: bytes, crc: int = 0xFFFFFFFF) -> int:
-    for byte in data:
-        crc = (crc >> 8) ^ CRC_TABLE[(crc ^ byte) & 0xFF]
-    return crc ^ 0xFFFFFFFF
+def crc32c(data: bytes) -> int:
+    return reduce(lambda c, b: (c >> 8) ^ CRC_TABLE[(c ^ b) & 255], data, 2**32 - 1) ^ (2**32 - 1)
 
 
 def require(holds: bool, what: str) -> None:
@@ -30,22 +29,21 @@ def require(holds: bool, what: str) -> None:
 class FormatReader:
     def __init__(self, bank: Path) -> None:
         self.bank, self.seal = bank, json.loads((bank / "seal.json").read_bytes())
-        for file in self.seal["files"]:
-            data = (bank / file["path"]).read_bytes()
-            found = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            require(file == {"path": file["path"], **found}, file["path"])
+        for f in self.seal["files"]:
+            data = (bank / f["path"]).read_bytes()
+            require(f == {**f, "size": len(data), "sha256": sha256(data).hexdigest()}, f["path"])
         self.attributes = json.loads((bank / "zarr.json").read_bytes())["attributes"]
         self.card, self.clips = self.attributes["card"], pq.read_table(bank / "clips.parquet")
         require(self.attributes["patchbank_format"] == self.seal["format"] == 1, "format")
-        recipe = {name: self.card[name] for name in RECIPE}
-        recipe |= {"layers": sorted(map(int, self.card["layers"]))}
+        recipe = {key: self.card[key] for key in RECIPE}
+        recipe["layers"] = sorted(map(int, self.card["layers"]))
         rows = [list(row.values()) for row in self.clips.select(ROW).to_pylist()]
         lines = [self.seal["recipe_id"], *(to_json(row) for row in rows if row[-1] != 3)]
         root = {key: value for key, value in self.seal.items() if key != "root_sha256"}
         texts = {"fingerprint": "\n".join(lines), "root_sha256": to_json(root)}
         texts |= {"recipe_id": to_json(recipe), "encoder_id": to_json(recipe["encoder"])}
         for name, text in texts.items():
-            found = hashlib.sha256(text.encode()).hexdigest()
+            found = sha256(text.encode()).hexdigest()
             require({self.seal.get(name, found), self.attributes.get(name, found)} == {found}, name)
 
     def row(self, layer: int, row: int, kind: str = "patches") -> np.ndarray:
@@ -57,23 +55,25 @@ class FormatReader:
         require(offset + length <= len(data) - len(index) - 4, f"row {row} is missing")
         values, name = data[offset : offset + length], f"{layer}" + "_prefix" * (kind == "prefix")
         expected = self.clips[f"sha256_{name}"][row].as_py()
-        require(hashlib.sha256(values).hexdigest() == expected, f"sha256 of row {row}")
-        dtype = DTYPES["float16" if (stored, kind) == ("int8", "prefix") else stored]
-        return np.frombuffer(values, dtype).reshape(-1, self.card["layers"][str(layer)]["dim"])
+        require(sha256(values).hexdigest() == expected, f"sha256 of row {row}")
+        dtype = DTYPES["float16" if kind == "prefix" and stored.startswith("int") else stored]
+        width = self.card["layers"][str(layer)]["dim"] // (2 if dtype == "u1" else 1)
+        return np.frombuffer(values, dtype).reshape(-1, width)
 
     def floats(self, layer: int, row: int, kind: str = "patches") -> np.ndarray:
         tokens, names = self.row(layer, row, kind), ("scale", "channel_scale", "channel_shift")
-        if tokens.dtype.kind != "i":
+        if tokens.dtype in ("<u2", "<f2", "<f4"):
             return (tokens.astype("<u4") << 16).view("<f4") if tokens.dtype == "<u2" else tokens
         scale, channel_scale, shift = (self.array(f"layers/{layer}/{name}") for name in names)
+        if tokens.dtype == "u1":
+            rotation = self.array(f"layers/{layer}/rotation")
+            pairs = np.stack([tokens & 15, tokens >> 4], -1) - np.float32(8)
+            tokens = (pairs.reshape(-1, len(rotation)) @ rotation).reshape(len(tokens), -1)
         return tokens * scale[row].astype("<f4")[:, None] * channel_scale + shift
 
     def array(self, path: str) -> np.ndarray:
         meta = json.loads((self.bank / path / "zarr.json").read_bytes())
-        chunk = np.array(meta["chunk_grid"]["configuration"]["chunk_shape"])
-        whole = np.empty(-(-np.array(meta["shape"]) // chunk) * chunk, meta["data_type"])
-        for key in np.ndindex(*(whole.shape // chunk)):
-            file = self.bank / path / ".".join(["c", *map(str, key)])
-            place = tuple(map(slice, key * chunk, key * chunk + chunk))
-            whole[place] = np.fromfile(file, whole.dtype).reshape(chunk)
-        return whole[tuple(map(slice, meta["shape"]))]
+        shape, chunk = meta["shape"], meta["chunk_grid"]["configuration"]["chunk_shape"]
+        names = [f"c.{k}" + ".0" * (len(shape) - 1) for k in range(-(-shape[0] // chunk[0]))]
+        chunks = [np.fromfile(self.bank / path / name, meta["data_type"]) for name in names]
+        return np.concatenate(chunks).reshape(-1, *shape[1:])[: shape[0]]

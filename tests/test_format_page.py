@@ -111,13 +111,24 @@ def brief(two_layers: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def packed(two_layers: Path) -> Path:
+    """int4."""
+    return extract(
+        two_layers.parent / "set/clips.csv",
+        encoder="fake",
+        out=two_layers.with_name("packed.bank"),
+        settings=replace(SETTINGS, stored_dtype="int4"),
+    ).path
+
+
+@pytest.fixture(scope="module")
 def derived(grown_int8: Path) -> Path:
     """float32 made from int8, one layer, no holes."""
     out = grown_int8.with_name("derived.bank")
     return rebuild_bank([open_bank(grown_int8)], out, dtype="float32", layers=[2]).path
 
 
-@pytest.fixture(params=["two_layers", "long_rows", "grown_int8", "brief", "derived"])
+@pytest.fixture(params=["two_layers", "long_rows", "grown_int8", "brief", "packed", "derived"])
 def bank(request: pytest.FixtureRequest) -> Bank:
     return open_bank(request.getfixturevalue(request.param))
 
@@ -172,10 +183,12 @@ def test_the_reader_agrees_on_every_unsharded_array(bank: Bank) -> None:
             constants = bank.constants(layer)
             for name, value in constants.arrays().items():
                 np.testing.assert_array_equal(found.array(f"layers/{layer}/{name}"), value)
-            both = b"".join(found.array(f"layers/{layer}/channel_{name}").tobytes()
-                            for name in ("shift", "scale"))  # fmt: skip
+            names = ["channel_shift", "channel_scale"]
+            if bank.card["stored_dtype"] == "int4":
+                names.append("rotation")
+            content = b"".join(found.array(f"layers/{layer}/{name}").tobytes() for name in names)
             recorded = found.card["quantisation"]["constants_sha256"][str(layer)]
-            assert hashlib.sha256(both).hexdigest() == recorded
+            assert hashlib.sha256(content).hexdigest() == recorded
     golden = zarr.open_group(bank.path / "golden", mode="r")
     for name, array in golden.arrays():
         np.testing.assert_array_equal(found.array(f"golden/{name}"), array[:])
@@ -189,6 +202,7 @@ def test_failed_rows_are_what_the_page_says(bank: Bank) -> None:
         "float32": (np.uint32, 0x7FC00000),
         "uint16": (np.uint16, 0x7FC0),
         "int8": (np.int8, -128),
+        "uint8": (np.uint8, 0),
     }
     for row in failed:
         assert bank.clips["reason"][row].as_py()
@@ -288,11 +302,13 @@ def test_array_metadata_is_what_the_page_says(bank: Bank) -> None:
     little = {"name": "bytes", "configuration": {"endian": "little"}}
     for array in bank.schema.arrays():
         meta = json.loads((bank.path / array.path / "zarr.json").read_bytes())
-        shards = [bank.card["rows_per_shard"], array.n_tokens, array.dim]
+        is_packed = bank.card["stored_dtype"] == "int4" and array.kind == "patches"
+        width = array.dim // 2 if is_packed else array.dim
+        shards = [bank.card["rows_per_shard"], array.n_tokens, width]
         assert meta["shape"] == [bank.n_rows, *shards[1:]]
         stored = bank.card["stored_dtype"]
-        in_page = {"bfloat16": ("uint16", 32704), "int8": ("int8", -128)}
-        if stored == "int8" and array.kind == "prefix":
+        in_page = {"bfloat16": ("uint16", 32704), "int8": ("int8", -128), "int4": ("uint8", 0)}
+        if stored in ("int8", "int4") and array.kind == "prefix":
             stored = "float16"
         data_type, fill = in_page.get(stored, (stored, "NaN"))
         assert meta["data_type"] == data_type
@@ -306,13 +322,13 @@ def test_array_metadata_is_what_the_page_says(bank: Bank) -> None:
         sharding = {
             "chunk_shape": [1, *shards[1:]],
             # A byte has no order.
-            "codecs": [{"name": "bytes"} if data_type == "int8" else little],
+            "codecs": [{"name": "bytes"} if data_type in ("int8", "uint8") else little],
             "index_codecs": [little, {"name": "crc32c"}],
             "index_location": "end",
         }
         assert meta["codecs"] == [{"name": "sharding_indexed", "configuration": sharding}]
         axis = {"patches": "patch", "prefix": "prefix"}[array.kind]
-        assert meta["dimension_names"] == ["clip", axis, "dim"]
+        assert meta["dimension_names"] == ["clip", axis, "packed" if is_packed else "dim"]
     n_patches = json.loads((bank.path / f"layers/{array.layer}/n_patches/zarr.json").read_bytes())
     assert (n_patches["fill_value"], n_patches["codecs"]) == (-1, [little])
 

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 
 from patchbank.pipeline.bank import Bank, open_bank
 from patchbank.pipeline.bank.dtypes import STORED_TYPES
-from patchbank.pipeline.bank.quantised import ChannelConstants, ChannelStatistics
+from patchbank.pipeline.bank.quantised import ChannelConstants, ChannelStatistics, block_rotation
 from patchbank.pipeline.bank.verify import verify_bank
 from patchbank.pipeline.errors import BankCorrupt, BankError, BankIncomplete, BankMismatch
 from patchbank.pipeline.extraction import extract
 from patchbank.pipeline.tokens import store_tokens
 from patchbank.probing import BatchLoader
 
-TYPES = ("float16", "bfloat16", "float32", "int8")
-ERROR = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 0.0, "int8": 2e-2}
+TYPES = ("float16", "bfloat16", "float32", "int8", "int4")
+ERROR = {"float16": 1e-3, "bfloat16": 8e-3, "float32": 0.0, "int8": 2e-2, "int4": 0.4}
 """Largest error of one of the fake encoder's tokens, whose values lie between -3 and 3."""
 
 
@@ -75,7 +75,7 @@ def test_every_bank_is_whole_and_says_what_it_holds(banks: dict[str, Bank], name
     assert len({other.encoder_id for other in banks.values()}) == 1
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "int8"])
+@pytest.mark.parametrize("name", ["bfloat16", "int8", "int4"])
 def test_plain_zarr_tells_what_integers_mean(banks: dict[str, Bank], name: str) -> None:
     group = zarr.open_group(banks[name].path / "layers/1", mode="r")
     codes = np.asarray(group["patches"][:])
@@ -85,8 +85,15 @@ def test_plain_zarr_tells_what_integers_mean(banks: dict[str, Bank], name: str) 
         assert "uint32(x) << 16) viewed as float32" in str(attributes["decoding"])
         values = (codes.astype(np.uint32) << 16).view(np.float32)
     else:
-        assert "patches * scale[..., None] * channel_scale" in str(attributes["decoding"])
+        assert "scale[..., None]" in str(attributes["decoding"])
+        if name == "int4":
+            assert "low half of a byte is the code + 8" in str(attributes["decoding"])
+            codes = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:2], -1) - 8.0
         values = codes * np.asarray(group["scale"][:], np.float32)[..., None]
+        if name == "int4":
+            rotation = np.asarray(group["rotation"][:])
+            blocks = values.reshape(*values.shape[:2], -1, len(rotation))
+            values = (blocks @ rotation).reshape(values.shape)
         values = values * np.asarray(group["channel_scale"][:])
         values = values + np.asarray(group["channel_shift"][:])
     np.testing.assert_allclose(values, loaded(banks[name], 1), rtol=1e-6, atol=1e-6)
@@ -116,6 +123,7 @@ def test_an_int8_bank_is_half_of_a_float16_one_and_its_prefix_stays_float16(
 ) -> None:
     assert banks["int8"].array(2).row_bytes * 2 == banks["float16"].array(2).row_bytes
     assert banks["int8"].array(2, "prefix").dtype == np.float16
+    assert banks["int4"].array(2).row_bytes * 4 == banks["float16"].array(2).row_bytes
 
 
 def test_the_calibration_is_part_of_the_recipe_and_of_no_shard(banks: dict[str, Bank]) -> None:
@@ -175,6 +183,56 @@ def test_a_card_of_an_unknown_type_is_refused(banks: dict[str, Bank], tmp_path: 
     card = json.loads(json.dumps(banks["float16"].card)) | {"stored_dtype": "float8"}
     with pytest.raises(ValueError, match="float8"):
         schema_of_card(card)
+
+
+def test_codes_of_four_bits_come_back_from_their_bytes() -> None:
+    codes = np.random.default_rng(0).integers(-7, 8, (3, 4, 10)).astype(np.int8)
+    packed = STORED_TYPES["int4"].from_codes(codes)
+    assert (packed.shape, packed.dtype) == ((3, 4, 5), np.uint8)
+    assert packed.min() > 0
+    np.testing.assert_array_equal(STORED_TYPES["int4"].to_codes(packed), codes)
+    fill = np.zeros((1, 5), np.uint8)
+    assert (STORED_TYPES["int4"].to_codes(fill) == -8).all()
+
+
+@pytest.mark.parametrize(("dim", "block"), [(384, 128), (768, 256), (12, 4), (6, 2), (8, 8)])
+def test_the_rotation_is_orthogonal_and_spreads_a_channel(dim: int, block: int) -> None:
+    rotation = block_rotation(dim)
+    assert rotation.shape == (block, block)
+    np.testing.assert_allclose(rotation @ rotation.T, np.eye(block), atol=1e-5)
+    np.testing.assert_allclose(np.abs(rotation), block**-0.5, rtol=1e-6)
+
+
+def test_int4_keeps_a_token_with_one_large_channel() -> None:
+    random = np.random.default_rng(0)
+    tokens = random.standard_normal((4, 16, 64)).astype(np.float32)
+    tokens[:, :, 3] += 40
+    statistics = ChannelStatistics(64)
+    statistics.add(random.standard_normal((999, 64)).astype(np.float32))
+    constants = statistics.constants()
+
+    def error(rotated: bool) -> float:
+        chosen = constants.for_type(STORED_TYPES["int4"]) if rotated else constants
+        stored = store_tokens(
+            torch.from_numpy(tokens),
+            stored=STORED_TYPES["int4"],
+            n_counted=torch.full((4,), 16),
+            constants=chosen,
+        )
+        assert stored.scale is not None
+        found = chosen.dequantise(STORED_TYPES["int4"].to_codes(stored.tokens), stored.scale)
+        return float(np.square(found - tokens)[:, :, 4:].mean())
+
+    assert error(True) < 0.5 * error(False)
+
+
+def test_int4_of_an_odd_width_is_refused() -> None:
+    from patchbank.pipeline.errors import PatchbankError
+    from patchbank.pipeline.plan import schema_for
+    from patchbank.pipeline.specs import Grid, LayerSpec
+
+    with pytest.raises(PatchbankError, match="packs channels in pairs, layer 3 has 5; choose"):
+        schema_for((LayerSpec(3, "x", 5),), {3: Grid(2, 1)}, stored_dtype="int4", n_clips=1)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -264,7 +322,7 @@ def test_a_clip_that_vanishes_in_float16_is_caught() -> None:
     assert stored.failures == ("all token values are zero",)
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "int8"])
+@pytest.mark.parametrize("name", ["bfloat16", "int8", "int4"])
 def test_probes_train_on_small_types_as_on_float16(
     name: str, banks: dict[str, Bank], tmp_path: Path
 ) -> None:

@@ -43,7 +43,20 @@ def checked_schema(attributes: Json) -> BankSchema:
         raise ValueError("quantisation is no object, or mask_padding neither true nor false")
     if window["pad"] not in ("zero", "repeat"):
         raise ValueError(f"window.pad is {brief(window['pad'])}")
+    _check_origin(card)
     return schema_of_card(card)
+
+
+def _check_origin(card: Json) -> None:
+    """What a card says of the machine that computed the tokens, and of the banks they are from."""
+    ran = card["extraction"]
+    _text(ran["device"], "extraction.device")
+    _count(ran["batch_size"], "extraction.batch_size")
+    for name, version in ran["versions"].items():
+        _text(version, f"extraction.versions.{name[:40]}")
+    for parent in card.get("derived_from", []):
+        as_digest(parent["fingerprint"])
+        _text(parent["stored_dtype"], "derived_from.stored_dtype")
 
 
 def schema_of_card(card: Json) -> BankSchema:
@@ -65,6 +78,9 @@ def schema_of_card(card: Json) -> BankSchema:
         grids[number] = Grid(*(_count(grid[axis], f"grid.{axis}") for axis in ("time", "freq")))
     if not layers or card["stored_dtype"] not in STORED_TYPES:
         raise ValueError(f"{len(layers)} layers of {card['stored_dtype']!r}")
+    n_packed = STORED_TYPES[card["stored_dtype"]].n_packed
+    if any(spec.dim % n_packed for spec in layers):
+        raise ValueError(f"{card['stored_dtype']} of an odd number of channels")
     generations = [_count(n_clips, "generations") for n_clips in card["generations"]]
     if not generations:
         raise ValueError("no generations")

@@ -30,6 +30,7 @@ WORK = ".work"
 NEXT = f"{WORK}/next"
 """Where the shards of a growth lie until the bank is sealed again."""
 LOCK = "lock"
+SEAL_LOCK = "seal.lock"
 DRAFT = "commit.json"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system without locks answers."""
@@ -104,11 +105,20 @@ def owning(bank: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):
+            _leave_nothing(bank)
         os.close(descriptor)
 
 
+def _leave_nothing(bank: Path) -> None:
+    """Removes the lock of a sealed bank, on which there is no other work."""
+    if (bank / SEAL).is_file() and [path.name for path in (bank / WORK).iterdir()] == [SEAL_LOCK]:
+        (bank / WORK / SEAL_LOCK).unlink()
+        (bank / WORK).rmdir()
+
+
 def _owned(bank: Path) -> int:
-    path = bank / WORK / "seal.lock"
+    path = bank / WORK / SEAL_LOCK
     while True:
         # Who holds it may seal the bank meanwhile and remove the lock with `.work/`.
         path.parent.mkdir(exist_ok=True)

@@ -25,10 +25,17 @@ class StoredType:
     """What Zarr and NumPy read."""
     fill: float | int
     """What a missing or failed token holds: no token that was computed has it."""
-    is_quantised: bool = False
-    """Whether values need `scale`, `channel_scale` and `channel_shift` to become floats."""
+    code_max: int = 0
+    """Largest code of a quantised type, whose codes need scales to become floats; else 0."""
+    n_packed: int = 1
+    """Neighbouring channels that share a byte."""
     decoding: str = ""
     """How integers become floats, in words for people with another reader."""
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether values need `scale`, `channel_scale` and `channel_shift` to become floats."""
+        return self.code_max > 0
 
     @property
     def attributes(self) -> Json:
@@ -41,8 +48,27 @@ class StoredType:
             return (tokens.astype("<u4") << 16).view("<f4")
         return tokens
 
+    def to_codes(self, tokens: np.ndarray) -> np.ndarray:
+        """Stored tokens of a quantised type as one int8 a channel; a missing one is the lowest."""
+        if self.n_packed == 1:
+            return tokens
+        halves = np.stack([tokens & 15, tokens >> 4], axis=-1)
+        return halves.reshape(*tokens.shape[:-1], -1).astype(np.int8) - 8
+
+    def from_codes(self, codes: np.ndarray) -> np.ndarray:
+        """The inverse of `to_codes`."""
+        if self.n_packed == 1:
+            return codes
+        shifted = (codes + 8).astype(np.uint8)
+        return shifted[..., 0::2] | (shifted[..., 1::2] << 4)
+
 
 _INT8 = "float = patches * scale[..., None] * channel_scale + channel_shift; -128 is missing"
+_INT4 = (
+    "the low half of a byte is the code + 8 of an even channel, the high half that of the next "
+    "one, 0 is missing; float = (codes * scale[..., None], each block of channels @ rotation) * "
+    "channel_scale + channel_shift"
+)
 STORED_TYPES: Mapping[str, StoredType] = {
     "float16": StoredType("float16", np.dtype("<f2"), float("nan")),
     "bfloat16": StoredType(
@@ -52,7 +78,8 @@ STORED_TYPES: Mapping[str, StoredType] = {
         decoding="the upper 16 bits of a float32: (uint32(x) << 16) viewed as float32",
     ),
     "float32": StoredType("float32", np.dtype("<f4"), float("nan")),
-    "int8": StoredType("int8", np.dtype("i1"), -128, is_quantised=True, decoding=_INT8),
+    "int8": StoredType("int8", np.dtype("i1"), -128, code_max=127, decoding=_INT8),
+    "int4": StoredType("int4", np.dtype("u1"), 0, code_max=7, n_packed=2, decoding=_INT4),
 }
 assert set(STORED_TYPES) == set(get_args(StoredDType))
 

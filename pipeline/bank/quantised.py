@@ -1,48 +1,64 @@
-"""What turns quantised tokens back into floats: two vectors a layer, and one scale a token.
+"""What turns quantised tokens back into floats: constants of a layer, and one scale a token.
 
-A token `x` is stored as whole numbers `q` in [-127, 127] with
-`x = q * scale * channel_scale + channel_shift`. Shift and scale of each channel are its mean and
-deviation over a few hundred clips, measured once before the first shard, so that channels of very
-different size share one range; `scale` (float16, rounded before it is used) fits each token into
-it. -128 is missing.
+A token is shifted and scaled channel by channel, with the mean and deviation of each over a few
+hundred clips, measured once before the first shard, so that channels of very different size share
+one range. `scale` (float16, rounded before it is used) then fits each token into whole numbers:
+127 on either side for int8, 7 for int4. int4 is rotated before that, block by block of its
+channels, so that a few large channels do not take the range from all others.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Float32, Int8
 
+from patchbank.pipeline.bank.dtypes import StoredType
 from patchbank.pipeline.errors import BankCorrupt
-from patchbank.pipeline.specs import Json
+from patchbank.pipeline.specs import Json, StoredDType
 
 CALIBRATION_CLIPS = 512
 CALIBRATION_SEED = 0
-CODE_MAX = 127
+ROTATION_SEED = 0
 CONSTANTS = ("channel_shift", "channel_scale")
+SCHEMES = {
+    "int8": "channel shift and scale, token scale",
+    "int4": "channel shift and scale, block rotation, token scale, clip search",
+}
 
 
 @dataclass(frozen=True)
 class ChannelConstants:
-    """Shift and scale of each channel of one layer."""
+    """Shift and scale of each channel of one layer, and the rotation of blocks of them."""
 
     shift: Float32[np.ndarray, " dim"]
     scale: Float32[np.ndarray, " dim"]
+    rotation: Float32[np.ndarray, "block block"] | None = None
+    """Orthogonal; tokens are stored as `block @ rotation.T`. None where they are not rotated."""
 
-    def arrays(self) -> dict[str, Float32[np.ndarray, " dim"]]:
+    def arrays(self) -> dict[str, Float32[np.ndarray, ...]]:
         """By the name of the array that holds them in a bank."""
-        return {"channel_shift": self.shift, "channel_scale": self.scale}
+        arrays = {"channel_shift": self.shift, "channel_scale": self.scale}
+        return arrays if self.rotation is None else arrays | {"rotation": self.rotation}
 
     @property
     def sha256(self) -> str:
-        """Digest of the bytes of shift, then scale."""
-        return hashlib.sha256(
-            self.shift.astype("<f4").tobytes() + self.scale.astype("<f4").tobytes()
-        ).hexdigest()
+        """Digest of the bytes of shift, scale and rotation, one after another."""
+        hasher = hashlib.sha256()
+        for value in self.arrays().values():
+            hasher.update(value.astype("<f4").tobytes())
+        return hasher.hexdigest()
+
+    def for_type(self, stored: StoredType) -> ChannelConstants:
+        """The same constants with the rotation that `stored` asks for."""
+        dim = len(self.shift)
+        if dim % stored.n_packed:
+            raise ValueError(f"{stored.name} packs channels in pairs, found {dim}")
+        return replace(self, rotation=block_rotation(dim) if stored.name == "int4" else None)
 
     def dequantise(
         self,
@@ -51,7 +67,25 @@ class ChannelConstants:
     ) -> Float32[np.ndarray, "*rows patch dim"]:
         """The tokens as floats; NaN where `scale` is."""
         tokens = codes.astype(np.float32) * scale.astype(np.float32)[..., None]
+        if self.rotation is not None:
+            blocks = tokens.reshape(*tokens.shape[:-1], -1, len(self.rotation))
+            tokens = (blocks @ self.rotation).reshape(tokens.shape)
         return np.asarray(tokens * self.scale + self.shift)
+
+
+def rotation_block(dim: int) -> int:
+    """Channels that are rotated together: the largest power of two that divides `dim`."""
+    return dim & -dim
+
+
+def block_rotation(dim: int) -> Float32[np.ndarray, "block block"]:
+    """A Hadamard matrix with seeded signs, orthogonal: it spreads each channel over its block."""
+    block = rotation_block(dim)
+    matrix: np.ndarray = np.ones((1, 1))
+    while len(matrix) < block:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    signs = np.random.default_rng(ROTATION_SEED).choice([-1.0, 1.0], size=block)
+    return np.asarray(matrix * signs / np.sqrt(block), np.float32)
 
 
 def load_constants(bank: Path, card: Json, layer: int) -> ChannelConstants:
@@ -59,11 +93,16 @@ def load_constants(bank: Path, card: Json, layer: int) -> ChannelConstants:
     that its card names."""
     folder = bank / f"layers/{layer}"
     try:
-        dim = int(card["layers"][str(layer)]["dim"])
-        paths = [folder / name / "c.0" for name in CONSTANTS]
-        if any(path.stat().st_size != 4 * dim for path in paths):
-            raise ValueError("their size is another")
-        constants = ChannelConstants(*(np.fromfile(path, "<f4", dim) for path in paths))
+        dim, block = int(card["layers"][str(layer)]["dim"]), None
+        shift, scale = (_vector(folder / name / "c.0", dim) for name in CONSTANTS)
+        if card["stored_dtype"] == "int4":
+            block = rotation_block(dim)
+        rotation = (
+            None
+            if block is None
+            else _vector(folder / "rotation/c.0.0", block * block).reshape(block, block)
+        )
+        constants = ChannelConstants(shift, scale, rotation)
         if constants.sha256 != card["quantisation"]["constants_sha256"][str(layer)]:
             raise ValueError("the card names others")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -74,10 +113,20 @@ def load_constants(bank: Path, card: Json, layer: int) -> ChannelConstants:
     return constants
 
 
-def quantisation_recipe(constants: Mapping[int, ChannelConstants] | None = None) -> Json:
-    """What the recipe of a quantised bank says; constants are known once they are measured."""
+def _vector(path: Path, n_values: int) -> Float32[np.ndarray, " value"]:
+    if path.stat().st_size != 4 * n_values:
+        raise ValueError("their size is another")
+    return np.fromfile(path, "<f4", n_values)
+
+
+def quantisation_recipe(
+    dtype: StoredDType, constants: Mapping[int, ChannelConstants] | None = None
+) -> Json:
+    """What a recipe says of a stored type; of a quantised one its constants, once measured."""
+    if dtype not in SCHEMES:
+        return {}
     recipe: Json = {
-        "scheme": "channel shift and scale, token scale",
+        "scheme": SCHEMES[dtype],
         "calibration_clips": CALIBRATION_CLIPS,
         "calibration_seed": CALIBRATION_SEED,
     }

@@ -61,7 +61,7 @@ class RowBytes:
                 f"{self._bank.path}: shard {name}, row {row}: the bytes do not match their "
                 f"checksum; {ADVICE}"
             )
-        return np.frombuffer(tokens, array.dtype).reshape(array.n_tokens, array.dim)
+        return np.frombuffer(tokens, array.dtype).reshape(array.n_tokens, array.width)
 
     def _decoded(self, data: bytes) -> bytes:
         if self._bank.schema.is_archive:

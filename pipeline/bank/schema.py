@@ -58,8 +58,13 @@ class TokenArray:
         return f"{self.layer}" if self.kind == "patches" else f"{self.layer}_prefix"
 
     @property
+    def width(self) -> int:
+        """Items of a token: `dim`, or half of it where two channels share a byte."""
+        return self.dim // self.stored.n_packed
+
+    @property
     def row_bytes(self) -> int:
-        return self.n_tokens * self.dim * self.dtype.itemsize
+        return self.n_tokens * self.width * self.dtype.itemsize
 
     def shard_path(self, shard: int) -> str:
         """Path of a shard's file inside the bank."""
@@ -236,7 +241,8 @@ def _write_skeleton(
         create_token_array(draft, array, schema)
     for layer, values in constants.items():
         for name, value in values.items():
-            create_whole_array(draft, f"layers/{layer}/{name}", value, ("dim",))
+            axes = ("dim",) if value.ndim == 1 else ("block", "block")
+            create_whole_array(draft, f"layers/{layer}/{name}", value, axes)
     (draft / "commits").mkdir()
     (draft / ".work").mkdir()
     (draft / "parts").mkdir()
@@ -244,7 +250,7 @@ def _write_skeleton(
 
 def create_token_array(bank: Path, array: TokenArray, schema: BankSchema) -> None:
     """Writes one sharded array's metadata; its shards are written by `ShardFileWriter`."""
-    row = (array.n_tokens, array.dim)
+    row = (array.n_tokens, array.width)
     zarr.create_array(
         bank,
         name=array.path,
@@ -257,7 +263,11 @@ def create_token_array(bank: Path, array: TokenArray, schema: BankSchema) -> Non
         # A row that is not there reads as this through any Zarr reader, never as zeros.
         fill_value=array.stored.fill,
         chunk_key_encoding={"name": "default", "separator": "."},
-        dimension_names=("clip", "patch" if array.kind == "patches" else "prefix", "dim"),
+        dimension_names=(
+            "clip",
+            "patch" if array.kind == "patches" else "prefix",
+            "dim" if array.stored.n_packed == 1 else "packed",
+        ),
         attributes=array.stored.attributes,
         config={"write_empty_chunks": True},
     )
