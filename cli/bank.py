@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -18,9 +17,6 @@ from patchbank.pipeline.errors import (
     BankNotFound,
     PatchbankError,
 )
-
-if TYPE_CHECKING:
-    from patchbank.pipeline.bank import Bank
 
 app = typer.Typer(
     help="Look at banks, prove them whole, join, convert and remove them.",
@@ -139,6 +135,7 @@ def show(bank: BankPath, json_output: AsJson = False) -> None:
     """Say what a bank holds: encoder, layers, window, clips, failures, size, licence."""
     import json
 
+    from patchbank.cli.bank_facts import bank_facts, print_fact, readable_facts
     from patchbank.pipeline.bank import open_bank
 
     facts = bank_facts(open_bank(bank))
@@ -147,113 +144,6 @@ def show(bank: BankPath, json_output: AsJson = False) -> None:
         return
     for name, value in readable_facts(facts):
         print_fact(name, value)
-
-
-def bank_facts(bank: Bank) -> Facts:
-    """What `bank show --json` prints."""
-    from patchbank.probing.measure import read_measurements
-
-    card, clips = bank.card, bank.clips.select(["status", "reason"]).to_pylist()
-    reasons = Counter(str(row["reason"]) for row in clips if row["status"] == 2)
-    return {
-        "bank": str(bank.path),
-        "fingerprint": bank.fingerprint,
-        "recipe_id": bank.recipe_id,
-        "root_sha256": bank.root_sha256,
-        "encoder": card["encoder"]["name"],
-        "encoder_id": bank.encoder_id,
-        "weights_sha256": card["encoder"]["weights_sha256"],
-        "layers": {str(layer): card["layers"][str(layer)] for layer in bank.layers},
-        "dtype": card["stored_dtype"],
-        "archive": bank.schema.is_archive,
-        "window": card["window"],
-        "sample_rate_hz": card["encoder"]["sample_rate_hz"],
-        "clips": bank.n_clips,
-        "views": sum(bool(view) for view in bank.clips["view"].to_pylist()),
-        "generations": list(bank.schema.generations),
-        "holes": bank.n_rows - bank.n_clips,
-        "failed": sum(reasons.values()),
-        "reasons": dict(reasons.most_common()),
-        "bytes": bank.seal.bank_bytes,
-        "bytes_of": bytes_by_kind(bank),
-        "shards": bank.schema.n_shards,
-        "rows_per_shard": bank.schema.rows_per_shard,
-        "extraction": card["extraction"],
-        "derived_from": card.get("derived_from", []),
-        "measured": read_measurements(bank),
-        "licence": card["licence"],
-        "source": card["source"],
-    }
-
-
-def bytes_by_kind(bank: Bank) -> dict[str, int]:
-    """Bytes of each token array, and of everything else."""
-    paths = [array.path for array in bank.schema.arrays()]
-    sizes = dict.fromkeys([*paths, "other"], 0)
-    for name, file in bank.seal.files.items():
-        folder = name.rpartition("/")[0]
-        sizes[folder if folder in sizes else "other"] += file.size
-    return sizes
-
-
-def readable_facts(facts: Facts) -> Iterator[tuple[str, str]]:
-    """Names and sentences of `bank show`, in order."""
-    from patchbank.pipeline.plan import human_bytes
-
-    window = facts["window"]
-    yield "bank", facts["bank"]
-    yield "fingerprint", facts["fingerprint"][:12]
-    yield "encoder", f"{facts['encoder']}, {facts['encoder_id'][:12]}"
-    yield "weights", facts["weights_sha256"][:12] or "none"
-    for layer, spec in facts["layers"].items():
-        grid = f"{spec['grid']['time']} x {spec['grid']['freq']} patches of {spec['dim']}"
-        prefix = f" and {spec['n_prefix']} prefix" if spec["n_prefix"] else ""
-        n_bytes = sum(n for path, n in facts["bytes_of"].items() if f"/{layer}/" in path)
-        yield f"layer {layer}", f"{grid}{prefix}, {spec['meaning']}, {human_bytes(n_bytes)}"
-    archive = ", archive, compressed: convert it to train from it" * facts["archive"]
-    yield "dtype", f"{facts['dtype']}{archive}"
-    for line in readable_measurements(facts["measured"]):
-        yield "", line
-    yield (
-        "window",
-        f"{window['window_s']:g} s every {window['hop_s']:g} s at {facts['sample_rate_hz']} Hz, "
-        f"pad {window['pad']}",
-    )
-    views = f", {facts['views']} of them views" if facts["views"] else ""
-    yield "clips", f"{facts['clips']}{views}, {facts['failed']} failed"
-    for reason, n_clips in facts["reasons"].items():
-        yield "", f"{n_clips} x {reason}"
-    if facts["holes"]:
-        grown = " + ".join(map(str, facts["generations"]))
-        yield "", f"came as {grown}; {facts['holes']} empty slots between"
-    yield "size", f"{human_bytes(facts['bytes'])} in {facts['shards']} shards a layer"
-    ran = facts["extraction"]
-    versions = ", ".join(f"{name} {v}" for name, v in ran["versions"].items() if name != "zarr")
-    yield "computed", f"on {ran['device']}, {ran['batch_size']} clips a batch; {versions}"
-    for parent in facts["derived_from"]:
-        yield "made from", f"{parent['fingerprint'][:12]}, {parent['stored_dtype']}"
-    yield "licence", facts["licence"] or "not stated"
-    yield "source", facts["source"] or "not stated"
-
-
-def readable_measurements(measured: list[Facts]) -> Iterator[str]:
-    """What other stored types cost the probes, a line a label table."""
-    for facts in measured:
-        points = ", ".join(
-            f"{name} {100 * change:+.2f}" for name, change in facts["changes"].items()
-        )
-        yield (
-            f"against {facts['reference']}: {points} points of {facts['metric']} "
-            f"({facts['labels']}, {facts['n_seeds']} seeds)"
-        )
-
-
-def print_fact(name: str, value: str) -> None:
-    """A name and its value, wrapped beside it to 80 columns."""
-    import textwrap
-
-    lead = f"{name:<13}"
-    print(textwrap.fill(value, 80, initial_indent=lead, subsequent_indent=" " * 13) or lead)
 
 
 @app.command("ls")

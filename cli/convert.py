@@ -186,7 +186,7 @@ def note_change(
     source: Bank, made: Bank, labels: Path, *, splits: Path | None, folds: str | None, seeds: int
 ) -> None:
     """Trains probes on both banks, prints what changes and keeps it in the new bank's notes."""
-    from patchbank.cli.bank import readable_measurements
+    from patchbank.cli.bank_facts import readable_measurements
     from patchbank.cli.train import progress_lines
     from patchbank.probing.measure import measure_change, read_measurements, write_measurement
     from patchbank.probing.settings import TrainSettings
