@@ -197,6 +197,7 @@ def _summary_of_bank(path: Path) -> Facts:
         "encoder": card["encoder"]["name"],
         "layers": sorted(int(layer) for layer in card["layers"]),
         "dtype": card["stored_dtype"],
+        "archive": card.get("storage", "aligned") != "aligned",
         "clips": sum(card["generations"]),
         "bytes": seal.bank_bytes if seal else _bytes_so_far(path),
         "sealed": seal is not None,
@@ -223,7 +224,8 @@ def print_summary(facts: Facts) -> None:
     layers = ",".join(str(layer) for layer in facts["layers"])
     state = facts["fingerprint"][:12] if facts["sealed"] else "not sealed"
     print(
-        f"{facts['name']:<24} {state:<12} {facts['encoder']} {layers} {facts['dtype']}, "
+        f"{facts['name']:<24} {state:<12} {facts['encoder']} {layers} {facts['dtype']}"
+        f"{' archive' * facts['archive']}, "
         f"{facts['clips']} clips, {human_bytes(facts['bytes'])}"
     )
 

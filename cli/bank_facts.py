@@ -46,6 +46,7 @@ def bank_facts(bank: Bank) -> Facts:
         "measured": read_measurements(bank),
         "licence": card["licence"],
         "source": card["source"],
+        "card": card,
     }
 
 

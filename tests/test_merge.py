@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from audio_sets import write_clip_set
+from audio_sets import write_clip_set, write_tone
 from bank_damage import flip
 from fake_bank import N_CLIPS, SETTINGS
 
@@ -20,8 +20,9 @@ from patchbank.pipeline.bank import Bank, open_bank
 from patchbank.pipeline.bank.join import join_banks
 from patchbank.pipeline.bank.verify import verify_bank
 from patchbank.pipeline.errors import BankCorrupt, BankError, BankMismatch
-from patchbank.pipeline.extraction import extract
+from patchbank.pipeline.extraction import ExtractionSettings, extract
 from patchbank.pipeline.rebuild import rebuild_bank
+from patchbank.pipeline.specs import WindowSpec
 from patchbank.probing import BatchLoader
 
 
@@ -300,6 +301,29 @@ def test_a_value_that_the_new_type_cannot_hold_is_a_failed_clip(
     assert made.n_patches(2)[0] == 0
     assert made.clips["reason"][3].as_py() == wide.clips["reason"][3].as_py()
     assert verify_bank(made.path) == ()
+
+
+def test_masks_and_pooled_vectors_of_short_clips_survive(tmp_path: Path) -> None:
+    for name, duration_s in (("long", 1.0), ("short", 0.25)):
+        write_tone(tmp_path / f"set/{name}.wav", hertz=300, duration_s=duration_s)
+    chosen = ExtractionSettings(window=WindowSpec(1.0, 1.0), layers=(1,), mask_padding=True)
+    bank = extract(tmp_path / "set", encoder="fake", out=tmp_path / "x.bank", settings=chosen)
+    write_tone(tmp_path / "set/shorter.wav", hertz=300, duration_s=0.15)
+    grown = extract(tmp_path / "set", encoder="fake", out=bank.path, settings=chosen)
+    assert grown.n_patches(1)[grown.schema.clip_rows()].tolist() == [20, 6, 4]
+    for dtype in ("int8", "float32"):
+        made = rebuild_bank([grown], tmp_path / f"{dtype}.bank", dtype=dtype)  # type: ignore[arg-type]
+        assert made.n_patches(1).tolist() == [20, 6, 4]
+        (batch,) = BatchLoader(made, shuffle=False)
+        assert batch.n_patches is not None
+        assert batch.n_patches.tolist() == [20, 6, 4]
+        tokens = batch.patches.float().numpy()
+        for row, count in enumerate((20, 6, 4)):
+            mean = tokens[row, :count].mean(0)
+            np.testing.assert_allclose(made.pooled(1, "mean")[row], mean, atol=1e-5)
+            np.testing.assert_allclose(
+                made.pooled(1, "max")[row], tokens[row, :count].max(0), atol=1e-5
+            )
 
 
 def said(capsys: pytest.CaptureFixture[str], *line: object, status: int = 0) -> tuple[str, str]:
