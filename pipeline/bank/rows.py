@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Shaped
+from jaxtyping import Float32, Shaped
 
 from patchbank.pipeline.bank.archive import decompress
 from patchbank.pipeline.bank.identity import digest_columns
@@ -69,6 +69,22 @@ class RowBytes:
         if len(data) != self._array.row_bytes:
             raise ValueError(f"{len(data)} bytes, expected {self._array.row_bytes}")
         return data
+
+
+class TokenFloats:
+    """The tokens of one array as float32, whatever they are stored as."""
+
+    def __init__(self, bank: Bank, array: TokenArray) -> None:
+        self._bytes, self._stored = RowBytes(bank, array), array.stored
+        self._scale = self._constants = None
+        if array.stored.is_quantised:
+            self._scale, self._constants = bank.scale(array.layer), bank.constants(array.layer)
+
+    def read(self, row: int) -> Float32[np.ndarray, "token dim"]:
+        tokens = self._bytes.read(row)
+        if self._constants is None or self._scale is None:
+            return self._stored.to_float(tokens).astype(np.float32)
+        return self._constants.dequantise(self._stored.to_codes(tokens), self._scale[row])
 
 
 def _read_at(path: Path, offset: int, n_bytes: int) -> bytes:
