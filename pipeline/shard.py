@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float32, Shaped
 
 from patchbank.pipeline.audio import DecodedClip, decode_clip, fit_to_encoder
-from patchbank.pipeline.bank.card import read_attributes
+from patchbank.pipeline.bank.card import read_attributes, recipe_of_card
 from patchbank.pipeline.bank.commit import commit, open_attempt, read_record, shard_name
 from patchbank.pipeline.bank.identity import rows_digest
 from patchbank.pipeline.bank.parts import RowFacts, part_path, part_table
@@ -222,6 +222,16 @@ class ShardExtractor:
                 f"{socket.gethostname()} sees no bank at {self._job.folder}: --out must lie on a "
                 "disk that all workers share, under the same path"
             )
+        card = read_attributes(self._job.folder)["card"]
+        found, expected = (
+            _without_constants(recipe)
+            for recipe in (recipe_of_card(card), self._job.recipe.identity())
+        )
+        if found != expected:
+            raise BankMismatch(
+                f"another bank lies at {self._job.folder} now; run the command again",
+                differing_fields(found, expected),
+            )
 
     def _committed(self, shard: int, clips: pa.Table) -> ShardReport | None:
         # A growth that another process has finished lies in the bank itself.
@@ -371,6 +381,12 @@ class ShardExtractor:
             )
         if len(facts) > 1 and all(fact.failure == FILE_IS_GONE for fact in facts):
             raise ManifestError([_not_seen(self._job.audio_root, "audio")])
+
+
+def _without_constants(recipe: Json) -> Json:
+    """A recipe as it is before anything was measured, which is what a job knows."""
+    quantisation = {k: v for k, v in recipe["quantisation"].items() if k != "constants_sha256"}
+    return recipe | {"quantisation": quantisation}
 
 
 def _not_seen(audio_root: Path, what: str) -> Problem:

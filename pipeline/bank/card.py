@@ -23,6 +23,7 @@ RECIPE_FIELDS = (
 )
 """The recipe's fields in a card; the list of layers is the seventh."""
 LONGEST_TEXT = 65_536
+MOST_LAYERS = 1_000
 
 
 def checked_schema(attributes: Json) -> BankSchema:
@@ -44,7 +45,12 @@ def checked_schema(attributes: Json) -> BankSchema:
     if window["pad"] not in ("zero", "repeat"):
         raise ValueError(f"window.pad is {brief(window['pad'])}")
     _check_origin(card)
-    return schema_of_card(card)
+    schema = schema_of_card(card)
+    for spec in schema.layers:
+        of_encoder = encoder["layers"][str(spec.layer)]
+        if (of_encoder["dim"], of_encoder["n_prefix"]) != (spec.dim, spec.n_prefix):
+            raise ValueError(f"layer {spec.layer} is another one in encoder.layers")
+    return schema
 
 
 def _check_origin(card: Json) -> None:
@@ -64,6 +70,8 @@ def schema_of_card(card: Json) -> BankSchema:
 
     Raises `ValueError`, `KeyError`, `TypeError` or `AttributeError` for a card that states none.
     """
+    if len(card["layers"]) > MOST_LAYERS:
+        raise ValueError(f"{len(card['layers'])} layers, expected at most {MOST_LAYERS}")
     layers, grids = [], {}
     for key, layer in sorted(card["layers"].items(), key=lambda item: int(item[0])):
         number = _count(int(key), "layer")

@@ -17,7 +17,7 @@ from patchbank.pipeline.bank.reader import Bank, open_bank
 from patchbank.pipeline.bank.rows import BankRows
 from patchbank.pipeline.bank.schema import BankSchema, create_skeleton
 from patchbank.pipeline.bank.seal import check_committed, file_records, gather, write_seal
-from patchbank.pipeline.bank.seal_record import SEAL
+from patchbank.pipeline.bank.seal_record import SEAL, seal_bytes
 from patchbank.pipeline.bank.writer import fsync_folder
 from patchbank.pipeline.errors import BankError
 from patchbank.pipeline.specs import Json
@@ -36,25 +36,18 @@ def open_settled(bank: Path) -> Bank | None:
     """
     while True:
         finish_growth(bank)
-        seal = _seal_bytes(bank)
+        seal = seal_bytes(bank)
         opened: Bank | None = None
         problem: BankError | None = None
         try:
             opened = None if seal is None else open_bank(bank)
         except BankError as error:
             problem = error
-        if (next_folder(bank) / SEAL).is_file() or _seal_bytes(bank) != seal:
+        if (next_folder(bank) / SEAL).is_file() or seal_bytes(bank) != seal:
             continue  # what was read meanwhile may be of two banks
         if problem is not None:
             raise problem
         return opened
-
-
-def _seal_bytes(bank: Path) -> bytes | None:
-    try:
-        return (bank / SEAL).read_bytes()
-    except FileNotFoundError:
-        return None
 
 
 def is_current(bank: Bank) -> bool:

@@ -27,7 +27,7 @@ from patchbank.pipeline.bank.schema import (
     SmallArray,
     TokenArray,
 )
-from patchbank.pipeline.bank.seal_record import SEAL, Seal, read_seal
+from patchbank.pipeline.bank.seal_record import SEAL, Seal, read_seal, seal_bytes
 from patchbank.pipeline.bank.writer import hash_file
 from patchbank.pipeline.errors import BankCorrupt, BankError
 from patchbank.pipeline.specs import Json
@@ -251,11 +251,21 @@ def open_bank(path: Path | str) -> Bank:
     Raises `BankNotFound`, `BankIncomplete` (no seal) or `BankCorrupt`.
     """
     bank = Path(path)
-    attributes = read_attributes(bank)
-    seal = read_seal(bank)
-    opened = _checked_bank(bank, attributes, seal)
-    opened.check_files()
-    return opened
+    while True:
+        seal = seal_bytes(bank)
+        opened: Bank | None = None
+        problem: BankError | None = None
+        try:
+            opened = _checked_bank(bank, read_attributes(bank), read_seal(bank))
+            opened.check_files()
+        except BankError as error:
+            problem = error
+        if seal_bytes(bank) != seal:
+            continue  # it grew meanwhile: what was read may be of two banks
+        if problem is not None:
+            raise problem
+        assert opened is not None
+        return opened
 
 
 def _checked_bank(bank: Path, attributes: Json, seal: Seal) -> Bank:

@@ -7,6 +7,7 @@ import time
 import uuid
 from bisect import bisect_right
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -223,8 +224,9 @@ def create_skeleton(
 def _sweep_drafts(bank: Path) -> None:
     """Removes what killed runs left beside the bank; a live run's draft is younger than this."""
     for draft in bank.parent.glob(f".{bank.name}.{'[0-9a-f]' * 32}"):
-        if time.time() - draft.stat().st_mtime > STALE_DRAFT_S:
-            shutil.rmtree(draft, ignore_errors=True)
+        with suppress(FileNotFoundError):  # another run's, just renamed into place
+            if time.time() - draft.stat().st_mtime > STALE_DRAFT_S:
+                shutil.rmtree(draft, ignore_errors=True)
 
 
 def _write_skeleton(

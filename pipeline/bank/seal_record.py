@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -19,6 +19,7 @@ NO_JSON = (ValueError, RecursionError)
 """What `json.loads` raises for bytes that are no JSON, too deep, or not UTF-8."""
 MOST_LEVELS = 64
 MOST_DIGITS = 40
+LONGEST_PATH = 1_024
 MOST_BYTES = 2**63
 """More than any file system holds."""
 
@@ -47,6 +48,14 @@ def require_seal(bank: Path) -> None:
             f"{bank} is not sealed: its extraction has not finished. "
             "Run the same `patchbank extract` command again"
         )
+
+
+def seal_bytes(bank: Path) -> bytes | None:
+    """The content of seal.json, unread; None where there is none. It changes when a bank grows."""
+    try:
+        return (bank / SEAL).read_bytes()
+    except OSError:
+        return None
 
 
 def read_seal(bank: Path) -> Seal:
@@ -81,16 +90,23 @@ def parse_json(content: bytes) -> Any:
     numbers of more than 40 digits, and half surrogate pairs.
     """
     text = content.decode("utf-8")
+    # A hook for every number costs more than the parser; texts of digits only cost the hook.
+    whole_number = _whole_number if re.search(f"[0-9]{{{MOST_DIGITS}}}", text) else int
     try:
         document = json.loads(
-            text, parse_constant=_finite, parse_float=_finite, parse_int=_whole_number
+            text, parse_constant=_finite, parse_float=_finite, parse_int=whole_number
         )
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     level = [document]
     for _ in range(MOST_LEVELS):
-        level = [child for value in level for child in _children(value)]
-    if level:
+        objects = [value for value in level if isinstance(value, dict)]
+        lists = [value for value in level if isinstance(value, list)]
+        level = [child for value in objects for child in value.values()]
+        level += [child for value in lists for child in value]
+        if not level:
+            break
+    else:
         raise ValueError("it is nested too deeply")
     if "\\u" in text:
         json.dumps(document, ensure_ascii=False).encode("utf-8")
@@ -107,12 +123,6 @@ def _whole_number(text: str) -> int:
     if len(text) > MOST_DIGITS:
         raise ValueError(f"a number has {len(text)} digits")
     return int(text)
-
-
-def _children(value: Any) -> Iterable[Any]:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
 
 
 def file_record(entry: Any) -> FileRecord:
@@ -137,7 +147,9 @@ def as_digest(value: object) -> str:
 def is_inside(path: object) -> bool:
     """Whether `path` is a relative POSIX path that stays below the bank's folder, in its one
     spelling, without characters that do not print."""
-    if not isinstance(path, str) or "\\" in path or not path.isprintable():
+    if not isinstance(path, str) or len(path) > LONGEST_PATH:
+        return False
+    if "\\" in path or not path.isprintable():
         return False
     pure = PurePosixPath(path)
     inside = bool(pure.parts) and not pure.is_absolute() and ".." not in pure.parts
