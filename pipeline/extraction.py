@@ -23,7 +23,7 @@ from patchbank.pipeline.bank.card import (
     recipe_of_card,
     schema_of_card,
 )
-from patchbank.pipeline.bank.commit import live_attempts, read_record, recover, shard_name
+from patchbank.pipeline.bank.commit import read_record, recover, shard_name
 from patchbank.pipeline.bank.growth import (
     begin_growth,
     is_current,
@@ -418,26 +418,13 @@ def _extract_missing(
 ) -> None:
     plan = extraction.plan
     extraction_facts = read_attributes(plan.folder)["card"]["extraction"]
-    shards = {shard: _shard_clips(extraction, shard) for shard in _in_order(plan)}
+    shards = {shard: _shard_clips(extraction, shard) for shard in plan.missing_shards}
     state = Progress(sum(len(clips) for clips in shards.values()))
     for report in workers.extract(shards, extraction_facts):
         n_failed = state.n_failed + report.n_failed
         state = replace(state, n_done=state.n_done + report.n_done, n_failed=n_failed)
         if progress is not None:
             progress(state)
-
-
-def _in_order(plan: ExtractionPlan) -> list[int]:
-    """Missing shards; where other processes work on the bank, they come in another order.
-
-    So two runs on one bank share the work instead of doing the same shards side by side.
-    """
-    names = live_attempts(plan.folder)
-    alive = {shard for shard in plan.missing_shards if shard_name(shard) in names}
-    if not alive:
-        return list(plan.missing_shards)
-    free = [shard for shard in plan.missing_shards if shard not in alive]
-    return [*np.random.default_rng().permutation(free).tolist(), *sorted(alive)]
 
 
 def _shard_clips(extraction: Extraction, shard: int) -> pa.Table:

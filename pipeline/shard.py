@@ -21,7 +21,13 @@ from jaxtyping import Float32, Shaped
 
 from patchbank.pipeline.audio import DecodedClip, decode_clip, fit_to_encoder
 from patchbank.pipeline.bank.card import read_attributes, recipe_of_card
-from patchbank.pipeline.bank.commit import commit, open_attempt, read_record, shard_name
+from patchbank.pipeline.bank.commit import (
+    commit,
+    live_attempts,
+    open_attempt,
+    read_record,
+    shard_name,
+)
 from patchbank.pipeline.bank.identity import rows_digest
 from patchbank.pipeline.bank.parts import RowFacts, part_path, part_table
 from patchbank.pipeline.bank.quantised import (
@@ -194,14 +200,21 @@ class ShardExtractor:
             if read_record(folder, "golden") is None:
                 raise
 
-    def extract(self, shard: int, clips: pa.Table, extraction: Json) -> ShardReport:
+    def extract(
+        self, shard: int, clips: pa.Table, extraction: Json, *, is_last_call: bool = True
+    ) -> ShardReport | None:
         """Decodes, encodes, writes and commits the rows of one shard.
 
-        A shard that another process has committed meanwhile is left alone. `extraction` is what the
-        bank's card says of the run: its batch size, and what it was begun with.
+        A shard that another process has committed meanwhile is left alone. So is one that another
+        process works on, unless `is_last_call`: the answer is None, so that two runs on one bank
+        share the work; who holds it may be dead on another machine, so that somebody has to do it
+        in the end. `extraction` is what the bank's card says of the run: its batch size, and what
+        it was begun with.
         """
         if (report := self._committed(shard, clips)) is not None:
             return report
+        if not is_last_call and shard_name(shard) in live_attempts(self._job.folder):
+            return None
         try:
             self._check_visible()
             with open_attempt(self._job.folder, shard_name(shard)) as attempt:

@@ -58,12 +58,26 @@ class Workers:
     def extract(self, shards: Mapping[int, pa.Table], extraction: Json) -> Iterator[ShardReport]:
         """Encodes and commits shards, each with its clips; reports come as they end.
 
-        `extraction` is what the bank's card says of the run. The shards of a lost worker go to
-        another; raises `PatchbankError` where none is left.
+        `extraction` is what the bank's card says of the run. Shards that another run works on come
+        last. The shards of a lost worker go to another; raises `PatchbankError` where none is left.
         """
+        left = dict(shards)
+        for report in self._extract(left, extraction, is_last_call=False):
+            if report is not None:
+                del left[report.shard]
+                yield report
+        for report in self._extract(left, extraction, is_last_call=True):
+            if report is not None:
+                yield report
+
+    def _extract(
+        self, shards: Mapping[int, pa.Table], extraction: Json, *, is_last_call: bool
+    ) -> Iterator[ShardReport | None]:
         futures = [
-            self._client.submit(_extract, self._plugin, shard, clips, extraction, pure=False)
-            for shard, clips in shards.items()
+            self._client.submit(
+                _extract, self._plugin, shard, clips, extraction, is_last_call, pure=False
+            )
+            for shard, clips in list(shards.items())
         ]
         with self._watched(futures):
             for future in as_completed(futures, loop=self._client.loop):
@@ -186,8 +200,10 @@ def _golden(plugin_name: str) -> None:
     _extractor(plugin_name).golden()
 
 
-def _extract(plugin_name: str, shard: int, clips: pa.Table, extraction: Json) -> ShardReport:
-    return _extractor(plugin_name).extract(shard, clips, extraction)
+def _extract(
+    plugin_name: str, shard: int, clips: pa.Table, extraction: Json, is_last_call: bool
+) -> ShardReport | None:
+    return _extractor(plugin_name).extract(shard, clips, extraction, is_last_call=is_last_call)
 
 
 @contextmanager
