@@ -78,6 +78,75 @@ def test_an_index_with_wrong_entries_is_corrupt(entries: list[list[int]], words:
         parse_index(tail, layout, file_bytes=layout.file_bytes(2), name="layers/1/patches/c.0.0.0")
 
 
+@given(
+    n_slots=st.integers(1, 40),
+    row_bytes=st.integers(1, 10_000),
+    edits=st.lists(
+        st.tuples(
+            st.integers(0, 39),
+            st.integers(0, 1),
+            st.one_of(st.integers(0, 2**64 - 1), st.integers(0, 50).map(lambda page: page * 4_096)),
+        ),
+        max_size=8,
+    ),
+    n_less=st.integers(-5_000, 50_000),
+)
+def test_rows_of_any_index_are_apart_aligned_and_inside_the_file(
+    n_slots: int, row_bytes: int, edits: list[tuple[int, int, int]], n_less: int
+) -> None:
+    layout = ShardLayout(n_slots, row_bytes)
+    entries = np.frombuffer(encode_index(layout, n_slots)[:-4], "<u8").reshape(n_slots, 2).copy()
+    for slot, column, value in edits:
+        entries[slot % n_slots, column] = value
+    file_bytes = max(layout.index_bytes, layout.file_bytes(n_slots) - n_less)
+    try:
+        offsets = parse_index(sealed_index(entries), layout, file_bytes=file_bytes, name="x")
+    except BankCorrupt:
+        return
+    used = np.sort(offsets[offsets >= 0])
+    assert (used % ALIGNMENT_BYTES == 0).all()
+    assert (np.diff(used) >= row_bytes).all()
+    assert (used + row_bytes <= file_bytes - layout.index_bytes).all()
+    assert (offsets[(entries != MISSING).any(axis=1)] >= 0).all()
+
+
+@given(
+    tail=st.binary(max_size=400),
+    n_slots=st.one_of(st.integers(1, 30), st.just(2**47)),
+    row_bytes=st.one_of(st.integers(1, 10_000), st.sampled_from([2**62, 2**64, 2**100])),
+    file_bytes=st.integers(0, 2**40),
+)
+def test_any_bytes_in_place_of_an_index_are_refused_or_parsed(
+    tail: bytes, n_slots: int, row_bytes: int, file_bytes: int
+) -> None:
+    layout = ShardLayout(n_slots, row_bytes)
+    with pytest.raises(BankCorrupt):
+        parse_index(tail, layout, file_bytes=file_bytes, name="x")
+    if n_slots <= 30:
+        # With a right checksum: no slot may point anywhere in a file too small for a row.
+        entries = np.frombuffer(tail[:8].ljust(16 * n_slots, b"\0"), "<u8")
+        index = sealed_index(entries.reshape(n_slots, 2))
+        with pytest.raises(BankCorrupt):
+            parse_index(index, layout, file_bytes=len(index), name="x")
+
+
+@pytest.mark.parametrize("row_bytes", [2**62, 2**64, 2**100])
+def test_rows_longer_than_any_file_are_refused(row_bytes: int) -> None:
+    layout = ShardLayout(2, row_bytes)
+    entries = np.array([[0, 2**62], [2**64 - 1, 2**64 - 1]], "u8")
+    with pytest.raises(BankCorrupt, match="row 0: the index points to"):
+        parse_index(sealed_index(entries), layout, file_bytes=2**40, name="x")
+    empty = np.full((2, 2), MISSING)
+    assert parse_index(sealed_index(empty), layout, file_bytes=36, name="x").tolist() == [-1, -1]
+
+
+def test_a_row_that_begins_between_two_pages_is_corrupt() -> None:
+    layout = ShardLayout(2, 100)
+    tail = sealed_index(np.array([[0, 100], [4_097, 100]], "u8"))
+    with pytest.raises(BankCorrupt, match="does not begin at a multiple of 4096"):
+        parse_index(tail, layout, file_bytes=layout.file_bytes(2), name="x")
+
+
 def test_a_flipped_bit_in_the_index_is_corrupt() -> None:
     layout = ShardLayout(2, 100)
     tail = bytearray(encode_index(layout, 2))

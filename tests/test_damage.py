@@ -8,7 +8,7 @@ import pytest
 from bank_damage import INDEX_BYTES, ROW_BYTES, SHARD, STRIDE_BYTES, delete_inner_chunk, flip, swap
 
 from patchbank.pipeline.bank import open_bank
-from patchbank.pipeline.bank.damage import shard_files, shard_problems
+from patchbank.pipeline.bank.damage import shard_files, shard_problems, shown
 from patchbank.pipeline.bank.verify import verify_bank
 
 
@@ -131,3 +131,31 @@ def test_without_an_index_rows_are_looked_for_at_their_usual_places(copy: Path) 
         flip(copy / SHARD, slot * STRIDE_BYTES)
     (problem,) = verify_bank(copy)
     assert problem.endswith("crc32c; no row is at its usual place")
+
+
+def test_a_name_that_a_stranger_chose_stays_on_its_line() -> None:
+    assert shown("audio/0001.wav") == "audio/0001.wav"
+    assert shown("M\u00f6we") == "M\u00f6we"
+    assert shown("a\nb\x1b[2J") == r"a\nb\x1b[2J"
+    assert shown("\udcff").isprintable()
+    assert len(shown("x" * 10_000)) < 300
+
+
+def test_long_padding_is_read_in_pieces(copy: Path) -> None:
+    bank = open_bank(copy)
+    file = next(file for file in shard_files(copy, bank.schema) if file.name == SHARD)
+    for slot in range(1, 16):
+        delete_inner_chunk(copy / SHARD, slot=slot)
+    content = (copy / SHARD).read_bytes()
+    index = content[-INDEX_BYTES:]
+    (copy / SHARD).write_bytes(content[:ROW_BYTES] + bytes(3 * 2**20) + index)
+    clips = bank.clips
+    status = pa.array([1 if row < 17 else 3 for row in range(bank.n_rows)], pa.int8())
+    clips = clips.set_column(clips.column_names.index("status"), "status", status)
+    assert list(shard_problems(file, clips, difference="SHA-256 is another")) == [
+        f"shard {SHARD}: the index is another one than sealed; every row is whole"
+    ]
+    flip(copy / SHARD, 2 * 2**20)
+    assert list(shard_problems(file, clips, difference="SHA-256 is another")) == [
+        f"shard {SHARD}: padding between rows is not zero; every row is whole"
+    ]

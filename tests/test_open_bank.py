@@ -1,12 +1,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import pytest
 import zarr
+from fake_bank import SETTINGS
+from hostile_bank import reseal
 
+from patchbank.cli.main import main
 from patchbank.pipeline.bank import Bank, open_bank
 from patchbank.pipeline.errors import (
     BankCorrupt,
@@ -14,6 +21,9 @@ from patchbank.pipeline.errors import (
     BankIncomplete,
     BankNotFound,
 )
+from patchbank.pipeline.extraction import extract
+from patchbank.probing import BatchLoader
+from patchbank.probing.loader import TokenReader
 
 
 def test_a_moved_bank_opens(sealed: Bank, tmp_path: Path) -> None:
@@ -97,3 +107,145 @@ def test_an_edited_card_shows_when_a_bank_is_opened(copy: Path) -> None:
     (copy / "zarr.json").write_text(text.replace('"mask_padding": false', '"mask_padding": true '))
     with pytest.raises(BankCorrupt, match=r"zarr\.json is not the one that was sealed"):
         open_bank(copy)
+
+
+@pytest.mark.parametrize("version", [99, 2])
+def test_a_newer_format_is_refused_by_every_command(
+    version: int, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = json.loads((copy / "zarr.json").read_bytes())
+    document["attributes"]["patchbank_format"] = version
+    (copy / "zarr.json").write_text(json.dumps(document))
+    reseal(copy)
+    words = (
+        f"{copy} has bank format {version}; this patchbank reads format 1: "
+        "pip install --upgrade patchbank"
+    )
+    for command in (["show"], ["verify"], ["verify", "--quick"]):
+        assert main(["bank", *command, str(copy)]) == 1
+        said = capsys.readouterr()
+        assert (said.out, said.err.strip()) == ("", f"error: {words}")
+    assert main(["bank", "ls", str(copy.parent)]) == 0
+    assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("version", [True, 1.0, "2", 0, -1, None, [2]])
+def test_a_format_that_is_no_number_of_a_version_is_damage(version: object, copy: Path) -> None:
+    document = json.loads((copy / "zarr.json").read_bytes())
+    document["attributes"]["patchbank_format"] = version
+    (copy / "zarr.json").write_text(json.dumps(document))
+    with pytest.raises(BankCorrupt, match="patchbank_format"):
+        open_bank(copy)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[" * 100_000, b"[NaN]", b"1e999"])
+def test_a_card_that_is_no_json_is_damage(content: bytes, copy: Path) -> None:
+    (copy / "zarr.json").write_bytes(content)
+    with pytest.raises(BankCorrupt, match=r"zarr\.json is no JSON"):
+        open_bank(copy)
+
+
+def test_a_pipe_or_folder_in_place_of_the_card_is_no_bank(copy: Path) -> None:
+    (copy / "zarr.json").unlink()
+    os.mkfifo(copy / "zarr.json")
+    with pytest.raises(BankNotFound, match="no bank at"):
+        open_bank(copy)
+    (copy / "zarr.json").unlink()
+    (copy / "zarr.json").mkdir()
+    with pytest.raises(BankNotFound, match="no bank at"):
+        open_bank(copy)
+
+
+@pytest.mark.parametrize("name", ["mean", "max", "min", "n_patches"])
+@pytest.mark.parametrize("what", ["gone", "short", "empty"])
+def test_a_chunk_that_is_lost_after_the_bank_was_opened_is_an_error(
+    name: str, what: str, copy: Path
+) -> None:
+    bank = open_bank(copy)
+    chunk = copy / f"layers/2/{name}/c.0{'.0' * (name != 'n_patches')}"
+    lose(chunk, what)
+    read = bank.n_patches if name == "n_patches" else lambda layer: bank.pooled(layer, name)
+    with pytest.raises(BankCorrupt, match=rf"layers/2/{name}/c\.0"):
+        read(2)
+    assert bank.pooled(1).shape == (bank.n_rows, 8)
+    with pytest.raises(BankCorrupt, match=name):
+        open_bank(copy)
+
+
+def lose(file: Path, what: str) -> None:
+    if what == "gone":
+        file.unlink()
+    else:
+        os.truncate(file, 0 if what == "empty" else file.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("tier", ["ram", "map"])
+@pytest.mark.parametrize("what", ["gone", "short", "empty"])
+@pytest.mark.parametrize("name", ["patches", "prefix"])
+def test_a_shard_that_is_lost_after_the_bank_was_opened_is_an_error(
+    name: str, what: str, tier: Literal["ram", "map"], copy: Path
+) -> None:
+    bank = open_bank(copy)
+    lose(copy / f"layers/2/{name}/c.1.0.0", what)
+    with pytest.raises(BankCorrupt, match=rf"layers/2/{name}/c\.1\.0\.0"):
+        BatchLoader(bank, layer=2, tier=tier)
+
+
+@pytest.mark.parametrize("what", ["gone", "short", "empty"])
+@pytest.mark.parametrize("rows", [[16, 17, 18], [31, 0], [31]], ids=str)
+def test_a_shard_that_is_lost_before_it_is_mapped_is_an_error(
+    what: str, rows: list[int], copy: Path
+) -> None:
+    bank = open_bank(copy)
+    reader = TokenReader(bank.places(1), tier="map")
+    shard = copy / "layers/1/patches/c.1.0.0"
+    if what == "short":
+        os.truncate(shard, 16 * 4_096 - 4_000)  # within the last row
+    else:
+        lose(shard, what)
+    with pytest.raises(BankCorrupt, match=r"layers/1/patches/c\.1\.0\.0"):
+        reader.read(np.array(rows))
+    assert reader.read(np.array([0, 1])).shape == (2, 20, 8)
+
+
+def test_memory_holds_no_tokens_of_holes_and_a_hole_is_an_error(copy: Path) -> None:
+    places = open_bank(copy).places(1)
+    offset = np.where(np.arange(40) % 5 == 0, -1, places.offset)
+    for tier in ("ram", "map"):
+        reader = TokenReader(replace(places, offset=offset), tier=tier)
+        whole = TokenReader(places, tier=tier)
+        rows = np.array([1, 39, 17])
+        np.testing.assert_array_equal(reader.read(rows).copy(), whole.read(rows))
+        with pytest.raises(BankError, match="row 5 has no tokens: it is a hole"):
+            reader.read(np.array([4, 5]))
+
+
+def test_scales_and_constants_that_are_lost_after_opening_are_errors(
+    clip_table: Path, tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, stored_dtype="int8")
+    bank = extract(clip_table, encoder="fake", out=tmp_path / "x.bank", settings=settings)
+    for name in ("scale/c.0.0", "channel_scale/c.0", "channel_shift/c.0"):
+        file = bank.path / "layers/1" / name
+        whole = file.read_bytes()
+        for what in ("short", "empty", "gone"):
+            lose(file, what)
+            with pytest.raises(BankCorrupt):
+                bank.scale(1) if name.startswith("scale") else bank.constants(1)
+            for tier in ("ram", "map"):
+                with pytest.raises(BankCorrupt):
+                    BatchLoader(bank, layer=1, tier=tier)
+            file.write_bytes(whole)
+
+
+def test_counts_of_patches_that_a_row_cannot_have_are_an_error(copy: Path) -> None:
+    chunk = copy / "layers/1/n_patches/c.0"
+    counts = np.frombuffer(chunk.read_bytes(), "<i4").copy()
+    counts[7] = 2_000_000
+    chunk.write_bytes(counts.tobytes())
+    reseal(copy)
+    bank = open_bank(copy)
+    with pytest.raises(BankCorrupt, match="row 7 counts 2000000 patches of 20"):
+        bank.n_patches(1)
+    with pytest.raises(BankCorrupt, match="row 7 counts"):
+        BatchLoader(bank, layer=1)
