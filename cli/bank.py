@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from patchbank.cli import convert
+from patchbank.cli.bars import byte_bar
 from patchbank.pipeline.errors import (
     BankCorrupt,
     BankError,
@@ -99,35 +99,6 @@ def golden_problems(
     model = load_encoder(encoder, weights=weights, device=chosen)
     check = check_golden(open_bank(bank), model, device=chosen)
     return check.problems, dict(check.errors)
-
-
-@contextmanager
-def byte_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr with bytes, speed and the time left."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None, visible=False)
-
-        def show(n_read: int, n_bytes: int) -> None:
-            bar.update(task, visible=True, completed=n_read, total=n_bytes)
-
-        yield show
 
 
 @app.command()

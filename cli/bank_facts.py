@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from patchbank.pipeline.bank import Bank
 
 Facts = dict[str, Any]
+LONGEST_VALUE = 1_000
 
 
 def bank_facts(bank: Bank) -> Facts:
@@ -117,4 +118,5 @@ def print_fact(name: str, value: str) -> None:
     import textwrap
 
     lead = f"{name:<13}"
+    value = value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]} ..."
     print(textwrap.fill(value, 80, initial_indent=lead, subsequent_indent=" " * 13) or lead)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from patchbank.cli.bars import shard_bar
 from patchbank.cli.choices import StoredDType
 from patchbank.cli.extract import parse_layers
 from patchbank.pipeline.errors import PatchbankError
@@ -204,27 +204,6 @@ def note_change(
     write_measurement(made, facts)
     for line in readable_measurements(read_measurements(made)):
         print(line)
-
-
-@contextmanager
-def shard_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr that counts shards."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} shards"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None, visible=False)
-
-        def show(n_done: int, n_shards: int) -> None:
-            bar.update(task, visible=True, completed=n_done, total=n_shards)
-
-        yield show
 
 
 def print_made(bank: Bank) -> None:

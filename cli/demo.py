@@ -49,7 +49,7 @@ def demo(
 
 
 def _extract_and_train(out: Path, name: str, *, quick: bool) -> dict[str, Any]:
-    from patchbank.cli.extract import progress_bar
+    from patchbank.cli.bars import clip_bar
     from patchbank.cli.train import progress_lines
     from patchbank.pipeline.extraction import ExtractionSettings, extract
     from patchbank.pipeline.specs import WindowSpec
@@ -57,7 +57,7 @@ def _extract_and_train(out: Path, name: str, *, quick: bool) -> dict[str, Any]:
     from patchbank.probing.settings import TrainSettings
 
     settings = ExtractionSettings(window=WindowSpec(5.0, 5.0))
-    with progress_bar(f"   {TITLES[name]}") as progress:
+    with clip_bar(f"   {TITLES[name]}") as progress:
         bank = extract(
             out / "scenes/clips.csv",
             encoder=name,

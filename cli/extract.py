@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from patchbank.cli.bars import clip_bar
 from patchbank.cli.choices import Pad, StoredDType
 from patchbank.pipeline.errors import PatchbankError
 
 if TYPE_CHECKING:
     from patchbank.pipeline.bank import Bank
     from patchbank.pipeline.extraction import Extraction
-    from patchbank.pipeline.extraction import Progress as ExtractionProgress
     from patchbank.pipeline.manifest import ClipTable
 
 
@@ -71,7 +69,7 @@ def extract(
     if dry_run:
         print_plan(extraction, as_json=json_output)
         return
-    with progress_bar("extract") as progress:
+    with clip_bar("extract") as progress:
         bank = run_extraction(extraction, scheduler=scheduler, progress=progress)
     labels = write_labels(extraction.table, out)
     print_bank(bank, labels=labels, as_json=json_output)
@@ -85,37 +83,6 @@ def parse_layers(text: str) -> str | tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise typer.BadParameter(f"--layers takes last, all, or 3,6,12; found {text!r}") from None
-
-
-@contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[ExtractionProgress], None]]:
-    """A bar on stderr with clips a second and the time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} clips"),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[failed]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None, start=True, rate="", failed="", visible=False)
-
-        def show(state: ExtractionProgress) -> None:
-            speed = bar.tasks[task].finished_speed or bar.tasks[task].speed
-            bar.update(
-                task,
-                visible=True,
-                total=state.n_clips,
-                completed=state.n_done + state.n_failed,
-                rate=f"{speed:.0f} clips/s" if speed else "",
-                failed=f"{state.n_failed} failed" if state.n_failed else "",
-            )
-
-        yield show
 
 
 def print_plan(extraction: Extraction, *, as_json: bool) -> None:

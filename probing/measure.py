@@ -19,6 +19,7 @@ from patchbank.probing.settings import TrainSettings
 
 MEASURED_PROBES = ("linear", "mhca", "protobin")
 NOTES = "notes/measured"
+LONGEST_NOTE = 2**20
 Facts = dict[str, Any]
 
 
@@ -126,6 +127,8 @@ def read_measurements(bank: Bank) -> list[Facts]:
     found = []
     for path in sorted((bank.path / NOTES).glob("*.json")):
         try:
+            if path.stat().st_size > LONGEST_NOTE:
+                continue
             facts = json.loads(path.read_bytes())
             changes = {name: float(value["change"]) for name, value in facts["probes"].items()}
             is_own = facts["root_sha256"] == bank.root_sha256

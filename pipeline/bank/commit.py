@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from patchbank.pipeline.bank.seal_record import NO_JSON, SEAL, file_record
+from patchbank.pipeline.bank.seal_record import NO_JSON, SEAL, file_record, parse_json
 from patchbank.pipeline.bank.writer import FileRecord, fsync_folder, fsync_tree, write_durably
 from patchbank.pipeline.errors import BankCorrupt, BankError
 from patchbank.pipeline.specs import Json
@@ -175,7 +175,7 @@ def commit(bank: Path, attempt: Path, name: str, files: Iterable[FileRecord], fa
 def read_record(bank: Path, name: str) -> Json | None:
     """The commit record of `name`, None where it is not committed."""
     try:
-        record = json.loads(record_path(bank, name).read_bytes())
+        record = parse_json(record_path(bank, name).read_bytes())
         for file in record["files"]:
             file_record(file)
     except FileNotFoundError:
