@@ -14,8 +14,8 @@ from patchbank.pipeline.errors import PatchbankError
 
 if TYPE_CHECKING:
     from patchbank.pipeline.bank import Bank
-    from patchbank.pipeline.extraction import Extraction
     from patchbank.pipeline.manifest import ClipTable
+    from patchbank.pipeline.preparation import Extraction
 
 
 def extract(

@@ -5,33 +5,24 @@ A longer table over a sealed bank makes it grow: only the clips that are new are
 
 from __future__ import annotations
 
-import errno
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
-from patchbank.pipeline.added_clips import added_clips
 from patchbank.pipeline.bank.card import (
     attributes_of_card,
     read_attributes,
-    recipe_of_card,
-    schema_of_card,
 )
 from patchbank.pipeline.bank.commit import read_record, recover, shard_name
 from patchbank.pipeline.bank.growth import (
     begin_growth,
     is_current,
-    next_folder,
-    open_settled,
     seal_growth,
 )
-from patchbank.pipeline.bank.identity import rows_digest, table_of
+from patchbank.pipeline.bank.identity import rows_digest
 from patchbank.pipeline.bank.quantised import (
     CALIBRATION_CLIPS,
     CALIBRATION_SEED,
@@ -39,49 +30,28 @@ from patchbank.pipeline.bank.quantised import (
     quantisation_recipe,
 )
 from patchbank.pipeline.bank.reader import Bank, open_bank
-from patchbank.pipeline.bank.schema import BankSchema, create_skeleton
+from patchbank.pipeline.bank.schema import create_skeleton
 from patchbank.pipeline.bank.seal import seal_bank
 from patchbank.pipeline.bank.seal_record import SEAL
-from patchbank.pipeline.encoders import load_encoder
-from patchbank.pipeline.environment import choose_device, default_batch_size
+from patchbank.pipeline.environment import default_batch_size
 from patchbank.pipeline.errors import (
     BankCorrupt,
-    BankError,
-    BankMismatch,
     BankNotFound,
-    EncoderError,
-    PatchbankError,
 )
-from patchbank.pipeline.manifest import ClipTable, read_manifest
 from patchbank.pipeline.plan import (
-    ExtractionPlan,
     bank_attributes,
     plan_extraction,
-    schema_for,
 )
-from patchbank.pipeline.shard import ExtractionJob
-from patchbank.pipeline.specs import Json, Recipe, StoredDType, WindowSpec, differing_fields
+from patchbank.pipeline.preparation import (
+    Extraction,
+    check_same_rows,
+    fit_to_bank,
+    telling_of_a_full_disk,
+)
+from patchbank.pipeline.preparation import ExtractionSettings as ExtractionSettings
+from patchbank.pipeline.preparation import prepare as prepare
+from patchbank.pipeline.specs import Json
 from patchbank.pipeline.workers import Workers, open_workers
-
-if TYPE_CHECKING:
-    from patchbank.pipeline.encoders.base import Encoder
-
-
-@dataclass(frozen=True)
-class ExtractionSettings:
-    """How to extract; the defaults of the command line."""
-
-    window: WindowSpec = field(default_factory=WindowSpec)
-    layers: str | tuple[int, ...] = "last"
-    """"last", "all", or 1-based layers."""
-    stored_dtype: StoredDType = "float16"
-    mask_padding: bool = False
-    device: str = "auto"
-    batch_size: int | None = None
-    """Clips encoded together; None means 16 on a CPU, 64 on a GPU, or what the bank began with."""
-    n_decode_threads: int | None = None
-    scheduler: str | None = None
-    """Address of a Dask scheduler; None starts one worker in this process."""
 
 
 @dataclass(frozen=True)
@@ -92,174 +62,6 @@ class Progress:
     """Clips that this run has to encode."""
     n_done: int = 0
     n_failed: int = 0
-
-
-@dataclass(frozen=True)
-class Extraction:
-    """A prepared extraction: the plan, and what running it needs."""
-
-    plan: ExtractionPlan
-    table: ClipTable
-    """As it was given."""
-    clips: pa.Table
-    """The clips of the bank in its order: those that it holds already, then new ones."""
-    job: ExtractionJob
-    batch_size: int | None
-    schema: BankSchema
-    """Of a bank that is made of the table at once."""
-    grows: Bank | None = None
-    """The sealed bank that gets more clips; None where a bank is made."""
-
-    @property
-    def bank(self) -> Path:
-        return self.job.bank
-
-
-def prepare(
-    source: Path | str,
-    *,
-    encoder: str,
-    out: Path | str,
-    weights: Path | str | None = None,
-    audio_root: Path | None = None,
-    settings: ExtractionSettings = ExtractionSettings(),
-) -> Extraction:
-    """Reads the clip table and the encoder and compares them with what lies at `out`.
-
-    Writes nothing, but for the end of a growth that was cut short. Raises `ManifestError`,
-    `EncoderError`, or `BankMismatch` where another bank lies at `out`.
-    """
-    table = read_manifest(source, audio_root=audio_root, window=settings.window)
-    model = load_encoder(encoder, weights=weights, device="cpu")
-    recipe = Recipe(
-        encoder=model.spec,
-        window=settings.window,
-        layers=choose_layers(model, settings.layers),
-        stored_dtype=settings.stored_dtype,
-        mask_padding=settings.mask_padding,
-        quantisation=quantisation_recipe(settings.stored_dtype),
-    )
-    grids = model.grids(settings.window.n_samples(model.spec.sample_rate_hz))
-    schema = schema_for(
-        tuple(recipe.encoder.layer(layer) for layer in recipe.layers),
-        grids,
-        stored_dtype=recipe.stored_dtype,
-        n_clips=len(table),
-    )
-    bank = Path(out).absolute()
-    job = ExtractionJob(
-        bank=bank,
-        folder=bank,
-        audio_root=table.audio_root.absolute(),
-        recipe=recipe,
-        schema=schema,
-        weights=None if weights is None else Path(weights).absolute(),
-        # The workers of a scheduler choose for themselves: they may have what this machine lacks.
-        device=settings.device if settings.scheduler else choose_device(settings.device),
-        n_decode_threads=settings.n_decode_threads or min(8, os.cpu_count() or 1),
-    )
-    plan = plan_extraction(bank, recipe, schema)
-    with _telling_of_a_full_disk(bank):
-        return fit_to_bank(Extraction(plan, table, table.clips, job, settings.batch_size, schema))
-
-
-def fit_to_bank(extraction: Extraction) -> Extraction:
-    """What is left to do at a bank that exists, or a refusal where it is another one."""
-    bank, schema = extraction.bank, extraction.schema
-    extraction = replace(
-        extraction,
-        plan=plan_extraction(bank, extraction.job.recipe, schema),
-        clips=extraction.table.clips,
-        job=replace(extraction.job, folder=bank, schema=schema),
-        grows=None,
-    )
-    if not (bank / "zarr.json").is_file():
-        if bank.exists():
-            raise PatchbankError(f"{bank} exists and is no bank; choose another --out or remove it")
-        return extraction
-    sealed = open_settled(bank)
-    extraction = _with_recipe_of(read_attributes(bank)["card"], extraction)
-    if sealed is not None:
-        return _fit_to_sealed(extraction, sealed)
-    _check_same_rows(bank, read_attributes(bank)["card"], extraction)
-    return extraction
-
-
-def _with_recipe_of(card: Json, extraction: Extraction) -> Extraction:
-    """Takes over the constants that a bank was calibrated with; refuses another recipe."""
-    bank, recipe = extraction.bank, extraction.job.recipe
-    expected, found = recipe.identity(), recipe_of_card(card)
-    constants = found["quantisation"].get("constants_sha256")
-    if constants is not None and expected["quantisation"]:
-        quantisation = recipe.quantisation | {"constants_sha256": constants}
-        recipe = replace(recipe, quantisation=quantisation)
-        expected = recipe.identity()
-    if found != expected:
-        raise BankMismatch(
-            f"{bank} holds other tokens than this command makes; choose another --out",
-            differing_fields(found, expected),
-        )
-    begun_with = int(card["extraction"]["batch_size"])
-    if extraction.batch_size not in (None, begun_with):
-        raise BankMismatch(
-            f"{bank} was begun with another batch size, which tokens depend on in the last bits",
-            {"extraction.batch_size": (begun_with, extraction.batch_size)},
-        )
-    return replace(
-        extraction,
-        batch_size=begun_with,
-        job=replace(extraction.job, recipe=recipe),
-        plan=replace(extraction.plan, recipe=recipe),
-    )
-
-
-def _check_same_rows(bank: Path, card: Json, extraction: Extraction) -> None:
-    """Refuses a bank that was begun over another table than this one."""
-    clips = extraction.clips
-    if card["rows_sha256"] != rows_digest(clips):
-        n_clips = sum(card["generations"])
-        raise BankMismatch(
-            f"{bank} was begun over another clip table; finish it with that one, or choose "
-            "another --out",
-            {"n_clips": (n_clips, len(clips))}
-            if n_clips != len(clips)
-            else {"rows_sha256": (card["rows_sha256"][:12], rows_digest(clips)[:12])},
-        )
-    if schema_of_card(card) != extraction.plan.schema:
-        raise BankMismatch(
-            f"{bank} was begun by another version of patchbank; choose another --out",
-            {"rows_per_shard": (card["rows_per_shard"], extraction.plan.schema.rows_per_shard)},
-        )
-
-
-def _fit_to_sealed(extraction: Extraction, bank: Bank) -> Extraction:
-    """Nothing is left to do, or a growth by the clips that the bank lacks."""
-    known = table_of(bank.clips)
-    added = added_clips(known, extraction.clips, bank=bank.path)
-    schema = bank.schema
-    if not len(added):
-        job = replace(extraction.job, schema=schema)
-        done = plan_extraction(bank.path, job.recipe, schema, first_shard=schema.n_shards)
-        return replace(extraction, plan=done, clips=known, job=job)
-    if schema.is_archive:
-        raise BankError(
-            f"{bank.path} is an archive, which does not grow; make a bank of it first: patchbank "
-            f"bank convert {bank.path}"
-        )
-    schema = replace(schema, generations=(*schema.generations, len(added)))
-    folder = next_folder(bank.path)
-    job = replace(extraction.job, schema=schema, folder=folder)
-    plan = plan_extraction(folder, job.recipe, schema, first_shard=bank.schema.n_shards)
-    growing = replace(
-        extraction,
-        plan=plan,
-        clips=pa.concat_tables([known, added.cast(known.schema)]),
-        job=job,
-        grows=bank,
-    )
-    if (folder / "zarr.json").is_file():
-        _check_same_rows(bank.path, read_attributes(folder)["card"], growing)
-    return growing
 
 
 def _check_committed_rows(extraction: Extraction) -> None:
@@ -276,22 +78,6 @@ def _check_committed_rows(extraction: Extraction) -> None:
             )
 
 
-def choose_layers(encoder: Encoder, layers: str | tuple[int, ...]) -> tuple[int, ...]:
-    """The layers that "last", "all" or a tuple name, ascending; `EncoderError` for unknown ones."""
-    known = sorted(spec.layer for spec in encoder.spec.layers)
-    if layers == "last":
-        return (known[-1],)
-    if layers == "all":
-        return tuple(known)
-    unknown = sorted(set(layers) - set(known)) if not isinstance(layers, str) else [layers]
-    if unknown or not layers:
-        raise EncoderError(
-            f"{encoder.spec.name} has no layer {', '.join(map(str, unknown)) or '(none given)'}; "
-            f"it has {known[0]} to {known[-1]}, or say last or all"
-        )
-    return tuple(sorted({int(layer) for layer in layers}))
-
-
 def run(
     extraction: Extraction,
     *,
@@ -300,7 +86,7 @@ def run(
 ) -> Bank:
     """Does what is left of an extraction and seals the bank."""
     bank = extraction.bank
-    with _telling_of_a_full_disk(bank):
+    with telling_of_a_full_disk(bank):
         # Another process may begin, finish or grow a bank here at any time.
         while True:
             extraction = fit_to_bank(extraction)
@@ -313,19 +99,6 @@ def run(
                 # The folder of a growth goes when another process has finished it.
                 if extraction.grows is None or is_current(extraction.grows):
                     raise
-
-
-@contextmanager
-def _telling_of_a_full_disk(bank: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise PatchbankError(
-            f"no space left for {bank}: free some and run the same command again; what is "
-            "committed is not done again"
-        ) from error
 
 
 def _advance(
@@ -342,7 +115,7 @@ def _advance(
     _check_committed_rows(extraction)
     if extraction.grows is not None:
         begin_growth(extraction.grows, extraction.plan.schema, _grown_attributes(extraction))
-        _check_same_rows(bank, read_attributes(folder)["card"], extraction)
+        check_same_rows(bank, read_attributes(folder)["card"], extraction)
     has_golden = extraction.grows is not None or (folder / "commits/golden.json").is_file()
     if extraction.plan.missing_shards or not has_golden:
         with open_workers(extraction.job, scheduler) as workers:
@@ -443,7 +216,7 @@ def extract(
     out: Path | str,
     weights: Path | str | None = None,
     audio_root: Path | None = None,
-    settings: ExtractionSettings = ExtractionSettings(),
+    settings: ExtractionSettings = ExtractionSettings(),  # noqa: B008 - frozen
     progress: Callable[[Progress], None] | None = None,
 ) -> Bank:
     """Encodes every clip of `source` into the bank `out`, or finishes what an earlier call began.
