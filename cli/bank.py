@@ -27,6 +27,7 @@ app = typer.Typer(
 BankPath = Annotated[Path, typer.Argument(metavar="BANK", help="A bank's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Facts = dict[str, Any]
+MOST_DIFFERENCES = 8
 app.command("merge")(convert.merge)
 app.command("convert")(convert.convert)
 
@@ -61,8 +62,13 @@ def verify(
     if encoder is not None and not problems:
         disagreements, golden = golden_problems(bank, encoder, weights, device)
         if disagreements:
-            for problem in disagreements:
-                print(problem)
+            if json_output:
+                print(json.dumps({"bank": str(bank), "quick": quick, "problems": disagreements}))
+            else:
+                for problem in disagreements[:MOST_DIFFERENCES]:
+                    print(problem)
+                if (n_more := len(disagreements) - MOST_DIFFERENCES) > 0:
+                    print(f"and {n_more} more; --json prints all")
             raise BankMismatch(
                 f"{bank} was not made by this encoder as it is here: {len(disagreements)} "
                 f"difference{'s' * (len(disagreements) > 1)}; use the weights and the versions "
@@ -210,14 +216,12 @@ def remove(
     import shutil
     import uuid
 
-    from patchbank.pipeline.bank.card import read_attributes
     from patchbank.pipeline.bank.commit import live_attempts
     from patchbank.pipeline.bank.growth import next_folder
 
     if bank.is_symlink():
         raise PatchbankError(f"{bank} is a link to {bank.readlink()}; remove the link with rm")
-    card = read_attributes(bank).get("card")
-    n_clips = card.get("n_rows", "unknown") if isinstance(card, dict) else "unknown"
+    n_clips = clips_to_remove(bank)
     if working := live_attempts(bank) | live_attempts(next_folder(bank)):
         raise PatchbankError(
             f"an extraction works on {bank} now ({len(working)} shards under way); stop it first"
@@ -229,3 +233,19 @@ def remove(
     bank.absolute().rename(doomed)
     shutil.rmtree(doomed)
     print(f"removed {bank}")
+
+
+def clips_to_remove(bank: Path) -> str:
+    """How many clips a bank holds, for the question; `BankError` where it is none, not even one
+    whose card is damaged."""
+    from patchbank.pipeline.bank.card import read_attributes
+
+    try:
+        return str(sum(read_attributes(bank)["card"]["generations"]))
+    except (BankError, KeyError, TypeError) as error:
+        # What `verify` says to remove must be removable.
+        if not ((bank / "commits").is_dir() and (bank / "layers").is_dir()):
+            if isinstance(error, BankError):
+                raise
+            raise BankNotFound(f"{bank} is no bank") from error
+        return "an unknown number of"

@@ -36,6 +36,7 @@ def bank_facts(bank: Bank) -> Facts:
         "views": sum(bool(view) for view in bank.clips["view"].to_pylist()),
         "generations": list(bank.schema.generations),
         "holes": bank.n_rows - bank.n_clips,
+        "growing_to": growing_to(bank),
         "failed": sum(reasons.values()),
         "reasons": dict(reasons.most_common()),
         "bytes": bank.seal.bank_bytes,
@@ -49,6 +50,18 @@ def bank_facts(bank: Bank) -> Facts:
         "source": card["source"],
         "card": card,
     }
+
+
+def growing_to(bank: Bank) -> int | None:
+    """Clips of the bank once a growth that was begun is finished; None where there is none."""
+    from patchbank.pipeline.bank.card import read_attributes
+    from patchbank.pipeline.bank.growth import next_folder
+    from patchbank.pipeline.errors import BankError
+
+    try:
+        return int(sum(read_attributes(next_folder(bank.path))["card"]["generations"]))
+    except (BankError, KeyError, TypeError, ValueError):
+        return None
 
 
 def bytes_by_kind(bank: Bank) -> dict[str, int]:
@@ -91,6 +104,8 @@ def readable_facts(facts: Facts) -> Iterator[tuple[str, str]]:
     if facts["holes"]:
         grown = " + ".join(map(str, facts["generations"]))
         yield "", f"came as {grown}; {facts['holes']} empty slots between"
+    if facts["growing_to"]:
+        yield "", f"growing to {facts['growing_to']}; the same extract command finishes that"
     yield "size", f"{human_bytes(facts['bytes'])} in {facts['shards']} shards a layer"
     ran = facts["extraction"]
     versions = ", ".join(f"{name} {v}" for name, v in ran["versions"].items() if name != "zarr")
@@ -109,7 +124,7 @@ def readable_measurements(measured: list[Facts]) -> Iterator[str]:
         )
         yield (
             f"against {facts['reference']}: {points} points of {facts['metric']} "
-            f"({facts['labels']}, {facts['n_seeds']} seeds)"
+            f"(layer {facts['layer']}, {facts['labels']}, {facts['n_seeds']} seeds)"
         )
 
 

@@ -81,6 +81,8 @@ def convert(
         raise typer.BadParameter("--measure trains on the new bank, which an archive is not for")
     if measure is not None and rows is not None:
         raise typer.BadParameter("--measure compares banks of the same clips: no --split, --clips")
+    if measure is not None:
+        check_measurable(source, measure, splits=splits, folds=folds)
     with shard_bar("convert") as progress:
         made = converted(
             source,
@@ -153,7 +155,11 @@ def chosen_rows(bank: Bank, splits: Sequence[str], clips: Path | None) -> np.nda
     if splits:
         if "split" not in bank.clips.column_names:
             raise PatchbankError(f"{bank.path} has no split column; name clips with --clips")
-        keep &= np.isin(np.array(bank.clips["split"].to_pylist(), dtype=object), list(splits))
+        there = bank.clips["split"].to_pylist()
+        if unknown := sorted(set(splits) - set(there)):
+            found = ", ".join(sorted({str(name) for name in there if name is not None}))
+            raise PatchbankError(f"no split {unknown[0]!r} in {bank.path}; it has {found}")
+        keep &= np.array([name in splits for name in there])
     if clips is not None:
         keep &= _named(bank, clips)
     rows = np.flatnonzero(keep)
@@ -171,7 +177,8 @@ def _named(bank: Bank, clips: Path) -> np.ndarray:
     table = read_table(clips)
     key = "clip_id" if "clip_id" in table.columns else "path"
     require_columns(table, [key], why="clip_id or path: which clip")
-    known = set(bank.clips[key].to_pylist())
+    keys, wanted = bank.clips[key].to_pylist(), set(table.columns[key])
+    known = set(keys)
     problems = [
         table.problem(row, key, f"no clip of {bank.path} has {key} {cell!r}")
         for row, cell in enumerate(table.columns[key])
@@ -179,7 +186,16 @@ def _named(bank: Bank, clips: Path) -> np.ndarray:
     ]
     if problems:
         raise ManifestError(problems)
-    return np.isin(np.array(bank.clips[key].to_pylist(), dtype=object), table.columns[key])
+    return np.fromiter((name in wanted for name in keys), bool, len(keys))
+
+
+def check_measurable(source: Bank, labels: Path, *, splits: Path | None, folds: str | None) -> None:
+    """Reads labels and splits, so that a mistake in them shows before hours of conversion."""
+    from patchbank.probing.labels import read_labels
+    from patchbank.probing.splits import read_splits
+
+    known = read_labels(labels, source.clips).known
+    read_splits(source.clips, usable=known, splits_path=splits, folds=folds)
 
 
 def note_change(

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         # typer turns Ctrl-C into this code.
         if stop.code == INTERRUPTED:
-            print("interrupted; an extraction goes on with the same command", file=sys.stderr)
+            print("interrupted; the same command goes on from here", file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ KEY = ("clip_id", "view")
 def added_clips(known: pa.Table, table: pa.Table, *, bank: Path) -> pa.Table:
     """The clips of `table` that are not in `known`, in the table's order and `known`'s types.
 
+    A column without any value in `known` has the table's type.
+
     `known` is the clip table that the bank was made from. Clips are told apart by `clip_id` and
     `view`, so new ones may stand anywhere. Raises `BankMismatch` where the table lacks a clip of
     the bank, or says something else of it.
@@ -28,10 +31,10 @@ def added_clips(known: pa.Table, table: pa.Table, *, bank: Path) -> pa.Table:
     lacking = [key for key in _keys(known) if key not in place_of]
     if lacking:
         raise BankMismatch(
-            f"{bank} holds {len(lacking)} clips that the table lacks (first: {lacking[0][0]}); a "
+            f"{bank} holds clips that the table lacks: {len(lacking)}, first {lacking[0][0]}; a "
             "bank only grows: take a smaller one with `patchbank bank convert`, or choose another "
             "--out",
-            {"n_rows": (len(known), len(table))}
+            {"n_clips": (len(known), len(table))}
             if len(known) != len(table)
             else {"clip_id": (lacking[0][0], None)},
         )
@@ -55,9 +58,12 @@ def _in_types(known: pa.Table, table: pa.Table, *, bank: Path) -> pa.Table:
         )
     columns = {}
     for field in known.schema:
+        if pa.types.is_null(field.type):
+            columns[field.name] = table[field.name]
+            continue
         try:
             columns[field.name] = table[field.name].cast(field.type)
-        except pa.ArrowInvalid as error:
+        except pa.ArrowException as error:
             raise BankMismatch(
                 f"{bank} holds another type of column {field.name}, which the table's values do "
                 f"not fit ({str(error).splitlines()[0]})",
@@ -73,13 +79,18 @@ def _user_columns(table: pa.Table) -> list[str]:
 def _check_unchanged(known: pa.Table, table: pa.Table, *, bank: Path) -> None:
     for name in known.column_names:
         for row, (found, expected) in enumerate(_pairs(known, table, name)):
-            if found != expected and not (found != found and expected != expected):
+            if _text(found) != _text(expected):
                 clip_id = known["clip_id"][row].as_py()
                 raise BankMismatch(
-                    f"{bank} was made with another {name} of clip {clip_id}; correct the table, or "
-                    "choose another --out (splits may differ at training: --splits)",
+                    f"{bank} was made with another {name} of clip {clip_id}; leave the table as it "
+                    "was, or choose another --out (train-probe takes other splits: --splits)",
                     {name: (found, expected)},
                 )
+
+
+def _text(value: object) -> str:
+    """A value as digests see it: NaN equals NaN, in a list too."""
+    return json.dumps(value, default=str)
 
 
 def _pairs(known: pa.Table, table: pa.Table, name: str) -> Iterator[tuple[Any, Any]]:

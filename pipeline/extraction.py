@@ -44,7 +44,7 @@ from patchbank.pipeline.plan import (
 )
 from patchbank.pipeline.preparation import (
     Extraction,
-    check_same_rows,
+    check_same_growth,
     fit_to_bank,
     telling_of_a_full_disk,
 )
@@ -115,7 +115,7 @@ def _advance(
     _check_committed_rows(extraction)
     if extraction.grows is not None:
         begin_growth(extraction.grows, extraction.plan.schema, _grown_attributes(extraction))
-        check_same_rows(bank, read_attributes(folder)["card"], extraction)
+        check_same_growth(extraction)
     has_golden = extraction.grows is not None or (folder / "commits/golden.json").is_file()
     if extraction.plan.missing_shards or not has_golden:
         with open_workers(extraction.job, scheduler) as workers:

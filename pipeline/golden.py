@@ -19,6 +19,7 @@ from jaxtyping import Float32
 from patchbank.pipeline.bank.card import recipe_of_card
 from patchbank.pipeline.bank.reader import Bank
 from patchbank.pipeline.bank.schema import create_whole_array
+from patchbank.pipeline.bank.seal_record import brief
 from patchbank.pipeline.specs import WindowSpec, differing_fields
 
 if TYPE_CHECKING:
@@ -70,10 +71,15 @@ class GoldenCheck:
         return (*self._problems(),)
 
     def _problems(self) -> Iterator[str]:
-        for field, (found, expected) in self.differences.items():
-            yield f"{field}: the bank has {found!r}, this encoder {expected!r}"
+        # What explains all other differences comes first.
+        first = [name for name in ("name", "weights_sha256") if name in self.differences]
+        for field in [*first, *(name for name in self.differences if name not in first)]:
+            found, expected = (brief(value) for value in self.differences[field])
+            yield f"{field}: the bank has {found}, this encoder {expected}"
         for name, error in self.errors.items():
-            if not error <= TOLERANCE:
+            if error == float("inf"):
+                yield f"golden clip, {name}: is not there, or has another shape"
+            elif not error <= TOLERANCE:
                 yield (
                     f"golden clip, {name}: differs by {error:.2g} of its largest value, "
                     f"more than {TOLERANCE:g}"

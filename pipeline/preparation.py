@@ -18,6 +18,7 @@ import pyarrow as pa
 from patchbank.pipeline.added_clips import added_clips
 from patchbank.pipeline.bank.card import (
     read_attributes,
+    recipe_differences,
     recipe_of_card,
     schema_of_card,
 )
@@ -26,11 +27,13 @@ from patchbank.pipeline.bank.growth import (
     open_settled,
 )
 from patchbank.pipeline.bank.identity import rows_digest, table_of
+from patchbank.pipeline.bank.layout import MAX_FILES
 from patchbank.pipeline.bank.quantised import (
     quantisation_recipe,
 )
 from patchbank.pipeline.bank.reader import Bank
 from patchbank.pipeline.bank.schema import BankSchema
+from patchbank.pipeline.bank.seal_record import SEAL
 from patchbank.pipeline.encoders import load_encoder
 from patchbank.pipeline.environment import choose_device
 from patchbank.pipeline.errors import (
@@ -46,7 +49,7 @@ from patchbank.pipeline.plan import (
     schema_for,
 )
 from patchbank.pipeline.shard import ExtractionJob
-from patchbank.pipeline.specs import Json, Recipe, StoredDType, WindowSpec, differing_fields
+from patchbank.pipeline.specs import Json, Recipe, StoredDType, WindowSpec
 
 if TYPE_CHECKING:
     from patchbank.pipeline.encoders.base import Encoder
@@ -163,6 +166,11 @@ def fit_to_bank(extraction: Extraction) -> Extraction:
 def _with_recipe_of(card: Json, extraction: Extraction) -> Extraction:
     """Takes over the constants that a bank was calibrated with; refuses another recipe."""
     bank, recipe = extraction.bank, extraction.job.recipe
+    if "derived_from" in card and not (bank / SEAL).is_file():
+        raise BankError(
+            f"{bank} is an unfinished `patchbank bank merge` or `convert`: run that command again, "
+            "or choose another --out"
+        )
     expected, found = recipe.identity(), recipe_of_card(card)
     constants = found["quantisation"].get("constants_sha256")
     if constants is not None and expected["quantisation"]:
@@ -172,7 +180,7 @@ def _with_recipe_of(card: Json, extraction: Extraction) -> Extraction:
     if found != expected:
         raise BankMismatch(
             f"{bank} holds other tokens than this command makes; choose another --out",
-            differing_fields(found, expected),
+            recipe_differences(found, expected),
         )
     begun_with = int(card["extraction"]["batch_size"])
     if extraction.batch_size not in (None, begun_with):
@@ -222,19 +230,40 @@ def _fit_to_sealed(extraction: Extraction, bank: Bank) -> Extraction:
             f"bank convert {bank.path}"
         )
     schema = replace(schema, generations=(*schema.generations, len(added)))
+    if schema.n_files > MAX_FILES:
+        raise BankError(
+            f"{bank.path} began with shards of {schema.rows_per_shard} clips, and would grow to "
+            f"{schema.n_files} files; extract the new clips into a bank of their own, then join "
+            "both in larger shards: patchbank bank merge --compact"
+        )
     folder = next_folder(bank.path)
     job = replace(extraction.job, schema=schema, folder=folder)
     plan = plan_extraction(folder, job.recipe, schema, first_shard=bank.schema.n_shards)
     growing = replace(
         extraction,
         plan=plan,
-        clips=pa.concat_tables([known, added.cast(known.schema)]),
+        # A column that was empty so far takes the type of its first values.
+        clips=pa.concat_tables([known.cast(added.schema), added]),
         job=job,
         grows=bank,
     )
     if (folder / "zarr.json").is_file():
-        check_same_rows(bank.path, read_attributes(folder)["card"], growing)
+        check_same_growth(growing)
     return growing
+
+
+def check_same_growth(growing: Extraction) -> None:
+    """Refuses a growth that was begun with another table than this one."""
+    assert growing.grows is not None
+    folder = growing.plan.folder
+    card = read_attributes(folder)["card"]
+    if card["rows_sha256"] != rows_digest(growing.clips):
+        n_clips = sum(card["generations"])
+        raise BankMismatch(
+            f"{growing.bank} is growing to {n_clips} clips by another table; finish that with the "
+            f"same command, or drop it: rm -r {folder}",
+            {"n_clips": (n_clips, len(growing.clips))},
+        )
 
 
 def choose_layers(encoder: Encoder, layers: str | tuple[int, ...]) -> tuple[int, ...]:

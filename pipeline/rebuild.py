@@ -19,7 +19,13 @@ from jaxtyping import Int32, Shaped
 
 from patchbank.pipeline.bank.archive import ArchiveFileWriter
 from patchbank.pipeline.bank.begin import begin_bank, environment_of
-from patchbank.pipeline.bank.commit import commit, open_attempt, read_record, shard_name
+from patchbank.pipeline.bank.commit import (
+    commit,
+    open_attempt,
+    read_record,
+    shard_name,
+    unless_committed,
+)
 from patchbank.pipeline.bank.identity import rows_digest
 from patchbank.pipeline.bank.join import check_joinable, copy_golden, environments_of
 from patchbank.pipeline.bank.parts import RowFacts, part_table
@@ -83,7 +89,7 @@ def _rebuild_shard(plan: RebuildPlan, shard: int) -> None:
     place = plan.schema.clips_of(shard)
     clips = plan.clips.slice(place.start, len(place))
     facts: list[RowFacts] = []
-    with open_attempt(plan.out, name) as attempt:
+    with unless_committed(plan.out, name), open_attempt(plan.out, name) as attempt:
         with ExitStack() as stack:
             writers = {
                 array.column_suffix: _open_writer(stack, plan, attempt, array, shard)

@@ -25,6 +25,7 @@ from patchbank.pipeline.bank.quantised import (
 from patchbank.pipeline.bank.reader import Bank
 from patchbank.pipeline.bank.rows import RowBytes, TokenFloats
 from patchbank.pipeline.bank.schema import DONE, BankSchema, Storage
+from patchbank.pipeline.errors import BankError
 from patchbank.pipeline.plan import schema_for
 from patchbank.pipeline.specs import Json, StoredDType
 
@@ -155,6 +156,8 @@ def _constants(
     status = [bank.status for bank in banks]
     done = np.array([status[o][r] == DONE for o, r in zip(owner, row, strict=True)])
     candidates = np.flatnonzero(done)
+    if not len(candidates):
+        raise BankError(f"no clip of {banks[0].path} with tokens is left to measure channels on")
     order = np.random.default_rng(CALIBRATION_SEED).permutation(len(candidates))
     drawn = candidates[np.sort(order[:CALIBRATION_CLIPS])]
     constants = {}

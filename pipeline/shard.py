@@ -387,7 +387,9 @@ class ShardExtractor:
 
     def _refuse_hopeless(self, facts: list[RowFacts]) -> None:
         """Stops the run where the encoder or the disk, not the audio, fails on a whole shard."""
-        if len(facts) > 1 and all(fact.failure and fact.audio_sha256 for fact in facts):
+        is_first = self._job.folder == self._job.bank  # a growth's encoder has proved itself
+        lost = [fact.failure and fact.audio_sha256 for fact in facts]
+        if is_first and len(facts) > 1 and all(lost):
             raise EncoderError(
                 f"no clip of a whole shard gave usable tokens (first: {facts[0].failure}); "
                 "check the weights, or store another --dtype"

@@ -52,6 +52,8 @@ class _Join:
     line: Int[np.ndarray, " clip"]
     """Line that first said something about the row, 0 where none did."""
     problems: list[Problem] = field(default_factory=list)
+    lacking: dict[int, str] = field(default_factory=dict)
+    """Views that hold the sound of a clip that is not in the bank, and that clip."""
 
 
 def read_labels(
@@ -197,7 +199,12 @@ def _add_mixes(join: _Join) -> None:
         else [None] * len(ids)
     )
     for row in (row for row, view in enumerate(views) if view):
-        sources = [clean[name] for name in (ids[row], *(mixes[row] or ())) if name in clean]
+        names = (ids[row], *(mixes[row] or ()))
+        sources = [clean[name] for name in names if name in clean]
+        if len(sources) < len(names):
+            join.lacking[row] = next(name for name in names if name not in clean)
+            join.line[row] = 0
+            continue
         for source in sources:
             join.targets[row] = np.maximum(join.targets[row], join.targets[source])
         # What is known of a mix is known of all its parts, or of none.
@@ -240,7 +247,16 @@ def _finish(join: _Join, *, task: Task, allow_unlabelled: bool) -> LabelSet:
 
 
 def _unlabelled(join: _Join, rows: Int[np.ndarray, " row"]) -> Iterator[Problem]:
-    ids = dict.fromkeys(join.clips.column("clip_id").take(rows).to_pylist())
+    lacking = {row: name for row, name in join.lacking.items() if row in set(rows.tolist())}
+    for row, name in lacking.items():
+        clip_id, view = (join.clips.column(key)[row].as_py() for key in ("clip_id", "view"))
+        message = (
+            f"view {view} of {clip_id!r} holds the sound of {name!r}, which is not in the bank: "
+            "its labels are not known (pass --allow-unlabelled to leave it out)"
+        )
+        yield Problem(join.table.file, None, None, message)
+    labelled_elsewhere = np.setdiff1d(rows, list(lacking))
+    ids = dict.fromkeys(join.clips.column("clip_id").take(labelled_elsewhere).to_pylist())
     for clip_id in ids:
         message = f"clip {clip_id!r} has no labels, expected a row (or pass --allow-unlabelled)"
         yield Problem(join.table.file, None, None, message)

@@ -42,6 +42,8 @@ def measure_change(
     """
     _check_same_clips(reference, bank)
     settings = settings or TrainSettings()
+    # A bank with fewer layers has another last one.
+    layer = reference.resolve_layer(bank.resolve_layer(layer))
 
     def train(chosen: Bank, with_settings: TrainSettings) -> Facts:
         with tempfile.TemporaryDirectory(prefix="patchbank-measure-") as out:
@@ -115,8 +117,9 @@ def _change(before: Facts, after: Facts) -> Facts:
 
 
 def write_measurement(bank: Bank, facts: Facts) -> Path:
-    """Puts a measurement into the bank's notes, one file a label table; replaces an older one."""
-    path = bank.path / NOTES / f"{Path(facts['labels']).stem}.json"
+    """Puts a measurement into the bank's notes, one file a label table and layer."""
+    name = f"{Path(facts['labels']).stem}-{facts['labels_sha256'][:8]}-{facts['layer']}.json"
+    path = bank.path / NOTES / name
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, facts)
     return path

@@ -153,10 +153,30 @@ def _split(
             "test; pass --splits SPLITS.csv"
         )
     clean = clips.column("view").to_numpy() == 0
+    _check_no_leak(name, parts, clips, usable)
     train = np.flatnonzero((parts == "train") & usable)
     valid = np.flatnonzero((parts == "valid") & usable & clean)
     test = np.flatnonzero((parts == "test") & usable & clean)
     return Split(name, train, valid, test)
+
+
+def _check_no_leak(
+    name: str, parts: Names, clips: pa.Table, usable: Bool[np.ndarray, " clip"]
+) -> None:
+    """Refuses a view that trains and holds the sound of a clip that does not."""
+    views, ids = clips.column("view").to_pylist(), clips.column("clip_id").to_pylist()
+    rows = [row for row, view in enumerate(views) if view and usable[row]]
+    part_of = {ids[row]: parts[row] for row, view in enumerate(views) if view == 0}
+    has_mixes = "mix_sources" in clips.column_names
+    for row in (row for row in rows if parts[row] == "train"):
+        mixed = clips.column("mix_sources")[row].as_py() if has_mixes else None
+        for source in (ids[row], *(mixed or ())):
+            if part_of.get(source, "train") in ("valid", "test"):
+                raise TrialError(
+                    f"by {name}, view {views[row]} of {ids[row]} trains and holds the sound of "
+                    f"{source}, which is in {part_of[source]}; mix views within a split, or leave "
+                    "them out: patchbank bank convert --clips"
+                )
 
 
 def _check_filled(split: Split, origin: str) -> None:

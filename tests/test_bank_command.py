@@ -118,6 +118,17 @@ def test_ls_of_no_folder_or_no_banks_says_so(
     assert "no folder" in said(capsys, "ls", str(tmp_path / "nowhere"), status=1)[1]
 
 
+@pytest.mark.parametrize("content", ["{", None])
+def test_rm_removes_what_verify_says_to_remove(
+    content: str | None, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copy / "zarr.json").unlink()
+    if content is not None:
+        (copy / "zarr.json").write_text(content)
+    said(capsys, "rm", str(copy), "--yes")
+    assert not copy.exists()
+
+
 def test_rm_removes_a_bank_and_nothing_else(
     copy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

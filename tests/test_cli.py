@@ -368,4 +368,4 @@ def test_ctrl_c_says_that_an_extraction_can_go_on(
 
     monkeypatch.setattr(extraction, "run", stop)
     assert main(extract_line(job)) == 130
-    assert "goes on with the same command" in capsys.readouterr().err
+    assert "the same command goes on from here" in capsys.readouterr().err

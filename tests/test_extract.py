@@ -168,7 +168,7 @@ def test_other_weights_do_not_go_on_with_a_bank(
 
 def test_another_table_does_not_go_on_with_a_bank(sealed: Bank, tmp_path: Path) -> None:
     table = write_clip_set(tmp_path / "other", n_clips=4)
-    with pytest.raises(BankMismatch, match="n_rows: found 40, expected 4"):
+    with pytest.raises(BankMismatch, match="n_clips: found 40, expected 4"):
         extract(table, encoder="fake", out=sealed.path, settings=SETTINGS)
 
 

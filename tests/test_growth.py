@@ -14,7 +14,7 @@ from fake_bank import N_CLIPS, SETTINGS
 from patchbank.pipeline.bank import Bank, open_bank
 from patchbank.pipeline.bank.growth import next_folder
 from patchbank.pipeline.bank.verify import verify_bank
-from patchbank.pipeline.errors import BankMismatch
+from patchbank.pipeline.errors import BankError, BankMismatch
 from patchbank.pipeline.extraction import Progress, extract, prepare
 from patchbank.probing import BatchLoader
 
@@ -151,7 +151,7 @@ def test_the_old_bank_stays_whole_until_the_new_one_is(
     [
         pytest.param(
             lambda text: text.replace("audio/0004.wav,train\n", ""),
-            r"holds 1 clips that the table lacks \(first: audio/0004.wav\).*a bank only grows",
+            r"holds clips that the table lacks: 1, first audio/0004.wav; a bank only grows",
             id="a clip less",
         ),
         pytest.param(
@@ -191,7 +191,7 @@ def test_a_growth_goes_on_only_with_the_table_that_it_was_begun_with(
     write_tone(other / "more.wav", hertz=900.0)
     with (other / "clips.csv").open("a") as file:
         file.write("more.wav,train\n")
-    with pytest.raises(BankMismatch, match="begun over another clip table; finish it with that"):
+    with pytest.raises(BankMismatch, match="is growing to 47 clips by another table; finish that"):
         extract(other / "clips.csv", encoder="fake", out=path, settings=SETTINGS)
     bank = extract(longer, encoder="fake", out=path, settings=SETTINGS)
     assert bank.n_clips == N_CLIPS + N_NEW
@@ -219,3 +219,74 @@ def test_the_card_tells_the_generations(grown: Bank) -> None:
     document = json.loads((grown.path / "zarr.json").read_bytes())
     assert document["attributes"]["card"]["generations"] == [N_CLIPS, N_NEW]
     assert document["attributes"]["card"]["n_rows"] == grown.n_rows
+
+
+def test_a_column_that_was_empty_takes_the_type_of_its_first_values(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write_clip_set(tmp_path, n_clips=4)
+    paths = [f"audio/{i:04d}.wav" for i in range(4)]
+    empty = pa.table({"path": paths[:3], "note": pa.nulls(3), "x": [[float("nan")]] * 3})
+    pq.write_table(empty, tmp_path / "a.parquet")
+    out = tmp_path / "x.bank"
+    extract(tmp_path / "a.parquet", encoder="fake", out=out, settings=SETTINGS)
+    more = pa.table({"path": paths, "note": [None, None, None, "x"], "x": [[float("nan")]] * 4})
+    pq.write_table(more, tmp_path / "b.parquet")
+    bank = extract(tmp_path / "b.parquet", encoder="fake", out=out, settings=SETTINGS)
+    rows = bank.schema.clip_rows().tolist()
+    assert [bank.clips["note"][row].as_py() for row in rows] == [None, None, None, "x"]
+    assert verify_bank(out) == ()
+
+
+def test_a_bank_that_grew_while_it_was_open_is_not_called_damaged(
+    sealed: Bank, longer: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(sealed.path, tmp_path / "x.bank"))
+    held = open_bank(path)
+    extract(longer, encoder="fake", out=path, settings=SETTINGS)
+    for look in (lambda: held.clips, lambda: held.pooled(1)):
+        with pytest.raises(BankError, match="has grown or was made anew since it was opened"):
+            look()
+    assert open_bank(path).clips.num_rows == 55
+
+
+def test_show_tells_that_a_bank_is_growing(
+    sealed: Bank, longer: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from patchbank.cli.main import main
+
+    path = Path(shutil.copytree(sealed.path, tmp_path / "x.bank"))
+
+    def stop(_: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(longer, encoder="fake", out=path, settings=SETTINGS, progress=stop)
+    assert main(["bank", "show", str(path)]) == 0
+    assert "growing to 47; the same extract command finishes that" in capsys.readouterr().out
+
+
+def test_a_growth_into_too_many_files_is_refused_with_a_way_out(
+    sealed: Bank, longer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from patchbank.pipeline import preparation
+
+    monkeypatch.setattr(preparation, "MAX_FILES", 12)
+    with pytest.raises(BankError, match=r"would grow to 16 files; .* bank merge --compact"):
+        prepare(longer, encoder="fake", out=sealed.path, settings=SETTINGS)
+
+
+def test_an_unfinished_conversion_is_not_taken_for_an_extraction(
+    sealed: Bank, clip_table: Path, tmp_path: Path
+) -> None:
+    from patchbank.pipeline.rebuild import rebuild_bank
+
+    def stop(n_done: int, n_shards: int) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "x.bank"
+    with pytest.raises(KeyboardInterrupt):
+        rebuild_bank([sealed], out, progress=stop)
+    with pytest.raises(BankError, match="is an unfinished `patchbank bank merge` or `convert`"):
+        extract(clip_table, encoder="fake", out=out, settings=SETTINGS)

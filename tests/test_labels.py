@@ -265,3 +265,12 @@ def test_a_mix_with_an_unlabelled_clip_is_unlabelled(tmp_path: Path) -> None:
     labels = read_labels(path, clips, allow_unlabelled=True)
     assert labels.known.tolist() == [True, False, False]
     assert labels.n_unlabelled == 2
+
+
+def test_a_view_whose_sound_is_not_all_in_the_bank_has_no_known_labels(tmp_path: Path) -> None:
+    clips = clip_table(2, clip_id=["a", "a"], view=[0, 1], mix_sources=[[], ["gone"]])
+    path = write(tmp_path, "clip_id,labels\na,dog;cat\n")
+    with pytest.raises(ManifestError, match="view 1 of 'a' holds the sound of 'gone'"):
+        read_labels(path, clips)
+    labels = read_labels(path, clips, allow_unlabelled=True)
+    assert labels.known.tolist() == [True, False]

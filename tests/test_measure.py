@@ -29,7 +29,8 @@ def test_convert_measures_and_show_prints(
     labels = clip_table.parent / "labels.csv"
     line = ["convert", str(sealed.path), "--out", str(out), "--dtype", "int8", "--seeds", "1"]
     assert main(["bank", *line, "--measure", str(labels)]) == 0
-    facts = json.loads((out / "notes/measured/labels.json").read_text())
+    (note,) = (out / "notes/measured").glob("labels-*-2.json")
+    facts = json.loads(note.read_text())
     assert facts["reference"]["stored_dtype"] == "float16"
     assert set(facts["probes"]) == {"linear", "mhca", "protobin"}
     for change in facts["probes"].values():
@@ -40,7 +41,7 @@ def test_convert_measures_and_show_prints(
     printed = " ".join(capsys.readouterr().out.split())
     linear = 100 * facts["probes"]["linear"]["change"]
     assert f"against float16: linear {linear:+.2f}, mhca" in printed
-    assert f"points of {facts['metric']} (labels.csv, 1 seeds)" in printed
+    assert f"points of {facts['metric']} (layer 2, labels.csv, 1 seeds)" in printed
     assert main(["bank", "show", str(out), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)["measured"]
     assert shown[0]["changes"]["linear"] == facts["probes"]["linear"]["change"]
@@ -81,3 +82,21 @@ def test_a_note_of_another_bank_or_a_broken_one_is_passed_over(
     for text in ("{", "[]", '{"probes": 1}', "[" * 100_000):
         (first.path / "notes/measured/broken.json").write_text(text)
         assert len(read_measurements(first)) == 1
+
+
+def test_both_banks_train_on_the_same_layer(sealed: Bank, clip_table: Path, tmp_path: Path) -> None:
+    first = rebuild_bank([sealed], tmp_path / "1.bank", dtype="float32", layers=[1])
+    labels = clip_table.parent / "labels.csv"
+    facts = measure_change(sealed, first, labels, probes=["linear"], settings=FAST)
+    assert facts["layer"] == 1
+    assert facts["probes"]["linear"]["change"] == 0.0
+
+
+def test_wrong_labels_stop_a_conversion_before_it_begins(
+    sealed: Bank, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x.bank"
+    line = ["bank", "convert", str(sealed.path), "--dtype", "int8", "--out", str(out)]
+    assert main([*line, "--measure", str(tmp_path / "none.csv")]) == 1
+    assert "there is no such file" in capsys.readouterr().err
+    assert not out.exists()

@@ -303,6 +303,40 @@ def test_a_value_that_the_new_type_cannot_hold_is_a_failed_clip(
     assert verify_bank(made.path) == ()
 
 
+@pytest.mark.parametrize("make", [join_banks, rebuild_bank])
+def test_a_merge_that_another_one_overtakes_ends_well(
+    make: Callable[..., Bank],
+    parts: tuple[Bank, Bank],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from patchbank.pipeline import rebuild
+    from patchbank.pipeline.bank import join
+
+    out, overtaken = tmp_path / "m.bank", []
+    for module in (join, rebuild):
+
+        def commit(
+            *args: object, real: Callable[..., bool] = module.commit, **kwargs: object
+        ) -> bool:
+            if not overtaken:
+                overtaken.append(True)
+                make(parts, out)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, "commit", commit)
+    merged = make(parts, out)
+    assert overtaken
+    assert merged.n_clips == N_CLIPS
+    assert verify_bank(out) == ()
+    assert not (out / ".work").exists()
+
+
+def test_no_clip_with_tokens_gives_no_channels(parts: tuple[Bank, Bank], tmp_path: Path) -> None:
+    with pytest.raises(BankError, match=r"no clip of .* with tokens is left to measure"):
+        rebuild_bank(parts[:1], tmp_path / "x.bank", dtype="int8", rows=[np.array([3])])
+
+
 def test_masks_and_pooled_vectors_of_short_clips_survive(tmp_path: Path) -> None:
     for name, duration_s in (("long", 1.0), ("short", 0.25)):
         write_tone(tmp_path / f"set/{name}.wav", hertz=300, duration_s=duration_s)
@@ -365,7 +399,7 @@ def test_the_commands_make_banks_and_say_so(
         (["merge", "A", "--out", "X"], 2, "name at least two banks"),
         (["convert", "A", "--out", "X"], 2, "nothing to convert; give --dtype"),
         (["convert", "A", "--out", "X", "--layers", "9"], 1, "has no layer 9; it has [1, 2]"),
-        (["convert", "A", "--out", "X", "--split", "dev"], 1, "no clip of"),
+        (["convert", "A", "--out", "X", "--split", "dev"], 1, "it has test, train, valid"),
         (["convert", "A", "--out", "X", "--clips", "T"], 1, "T:2:clip_id: no clip of"),
         (["convert", "A", "--out", "X", "--split", "test", "--measure", "T"], 2, "same clips"),
         (["convert", "A", "--out", "A", "--dtype", "int8"], 1, "holds another bank"),

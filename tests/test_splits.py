@@ -144,3 +144,28 @@ def test_a_wrong_split_table_says_where_and_what(tmp_path: Path, text: str, mess
     with pytest.raises(ManifestError) as caught:
         read_splits(clips, usable=all_usable(clips), splits_path=path)
     assert message in str(caught.value).replace(f"{tmp_path}/", "").splitlines()
+
+
+@pytest.mark.parametrize(
+    ("splits", "words"),
+    [
+        (
+            "clip_id,split\na,train\nb,test\nc,valid\n",
+            "a trains and holds the sound of b",
+        ),
+        ("path,split\nr0.wav,test\nr1.wav,train\nr2.wav,valid\n", "view 1 of a trains and holds"),
+    ],
+)
+def test_a_view_never_carries_test_audio_into_training(
+    splits: str, words: str, tmp_path: Path
+) -> None:
+    clips = clip_table(
+        4,
+        clip_id=["a", "b", "c", "a"],
+        path=["r0.wav", "r0.wav", "r2.wav", "r1.wav"],
+        view=[0, 0, 0, 1],
+        mix_sources=[[], [], [], ["b"]],
+    )
+    (tmp_path / "s.csv").write_text(splits)
+    with pytest.raises(TrialError, match=words):
+        read_splits(clips, usable=np.ones(4, bool), splits_path=tmp_path / "s.csv")

@@ -11,7 +11,14 @@ from patchbank.pipeline.bank.dtypes import STORED_TYPES
 from patchbank.pipeline.bank.schema import FORMAT_VERSION, BankSchema, Storage
 from patchbank.pipeline.bank.seal_record import as_digest, brief, parse_json
 from patchbank.pipeline.errors import BankCorrupt, BankError, BankNotFound
-from patchbank.pipeline.specs import LONGEST_WINDOW_S, Grid, Json, LayerSpec, digest
+from patchbank.pipeline.specs import (
+    LONGEST_WINDOW_S,
+    Grid,
+    Json,
+    LayerSpec,
+    differing_fields,
+    digest,
+)
 
 RECIPE_FIELDS = (
     "encoder",
@@ -144,6 +151,16 @@ def recipe_of_card(card: Json) -> Json:
     """The recipe's identity as a bank's card tells it."""
     layers = sorted(int(layer) for layer in card["layers"])
     return {field: card[field] for field in RECIPE_FIELDS} | {"layers": layers}
+
+
+def recipe_differences(
+    found: Mapping[str, Any], expected: Mapping[str, Any]
+) -> dict[str, tuple[object, object]]:
+    """The fields in which two recipes differ; what follows from another stored type is left out."""
+    differences = differing_fields(found, expected)
+    if "stored_dtype" in differences:
+        return {k: v for k, v in differences.items() if not k.startswith("quantisation.")}
+    return differences
 
 
 def attributes_of_card(card: Json) -> Json:

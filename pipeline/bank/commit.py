@@ -106,14 +106,19 @@ def owning(bank: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            _leave_nothing(bank)
+            _leave_nothing(bank, descriptor)
         os.close(descriptor)
 
 
-def _leave_nothing(bank: Path) -> None:
-    """Removes the lock of a sealed bank, on which there is no other work."""
-    if (bank / SEAL).is_file() and [path.name for path in (bank / WORK).iterdir()] == [SEAL_LOCK]:
-        (bank / WORK / SEAL_LOCK).unlink()
+def _leave_nothing(bank: Path, descriptor: int) -> None:
+    """Removes the own lock of a sealed bank, on which there is no other work."""
+    lock = bank / WORK / SEAL_LOCK
+    if (
+        (bank / SEAL).is_file()
+        and [path.name for path in (bank / WORK).iterdir()] == [SEAL_LOCK]
+        and lock.stat().st_ino == os.fstat(descriptor).st_ino
+    ):
+        lock.unlink()
         (bank / WORK).rmdir()
 
 
@@ -132,6 +137,16 @@ def _owned(bank: Path) -> int:
                 os.close(descriptor)
                 raise
             os.close(descriptor)
+
+
+@contextmanager
+def unless_committed(bank: Path, name: str) -> Iterator[None]:
+    """Passes over an attempt that was cleared away because another process was faster."""
+    try:
+        yield
+    except (FileNotFoundError, BankError):
+        if read_record(bank, name) is None:
+            raise
 
 
 def record_path(bank: Path, name: str) -> Path:

@@ -17,16 +17,28 @@ import pyarrow as pa
 
 from patchbank.pipeline.bank.assembly import clips_schema, fit_columns, with_holes
 from patchbank.pipeline.bank.begin import begin_bank, derivation, environment_of
-from patchbank.pipeline.bank.card import attributes_of_card, layers_of_schema, recipe_of_card
-from patchbank.pipeline.bank.commit import commit, open_attempt, read_record, shard_name
+from patchbank.pipeline.bank.card import (
+    attributes_of_card,
+    layers_of_schema,
+    recipe_differences,
+    recipe_of_card,
+)
+from patchbank.pipeline.bank.commit import (
+    commit,
+    open_attempt,
+    read_record,
+    shard_name,
+    unless_committed,
+)
 from patchbank.pipeline.bank.identity import rows_digest, table_of
+from patchbank.pipeline.bank.layout import MAX_FILES
 from patchbank.pipeline.bank.reader import ADVICE, Bank, open_bank
 from patchbank.pipeline.bank.rows import BankRows
 from patchbank.pipeline.bank.schema import BankSchema
 from patchbank.pipeline.bank.seal import seal_bank
 from patchbank.pipeline.bank.writer import FileRecord, hash_file
 from patchbank.pipeline.errors import BankCorrupt, BankError, BankMismatch
-from patchbank.pipeline.specs import Json, differing_fields
+from patchbank.pipeline.specs import Json
 
 OnShard = Callable[[int, int], None]
 """Called with the shards that are done and that there are."""
@@ -47,13 +59,6 @@ def join_banks(
     """
     check_joinable(banks)
     first = banks[0]
-    if len({bank.schema.storage for bank in banks}) > 1:
-        found_storage = [bank.schema.storage for bank in banks]
-        raise BankMismatch(
-            "an archive cannot be joined with banks to train from; make one of the other first: "
-            "patchbank bank convert",
-            {"storage": (found_storage, [first.schema.storage] * len(banks))},
-        )
     if len({bank.schema.rows_per_shard for bank in banks}) > 1:
         found = [bank.schema.rows_per_shard for bank in banks]
         raise BankMismatch(
@@ -67,6 +72,11 @@ def join_banks(
         layers=tuple(chosen),
         grids={spec.layer: first.schema.grids[spec.layer] for spec in chosen},
     )
+    if schema.n_files > MAX_FILES:
+        raise BankError(
+            f"joined as they are, these banks have {schema.n_files} files; join them in larger "
+            "shards: patchbank bank merge --compact"
+        )
     table = joined_table(banks)
     attributes = _attributes(banks, schema, table)
     constants = {
@@ -98,12 +108,19 @@ def join_banks(
 def check_joinable(banks: Sequence[Bank]) -> None:
     """Raises where banks cannot become one: another recipe, or a clip that two of them hold."""
     first = banks[0]
+    if len({bank.schema.storage for bank in banks}) > 1:
+        found = [bank.schema.storage for bank in banks]
+        raise BankMismatch(
+            "an archive cannot be joined with banks to train from; make one of the other first: "
+            "patchbank bank convert",
+            {"storage": (found, [first.schema.storage] * len(banks))},
+        )
     for bank in banks[1:]:
         if bank.recipe_id != first.recipe_id:
             raise BankMismatch(
                 f"{bank.path} holds other tokens than {first.path}; only banks of one recipe can "
                 "be merged",
-                differing_fields(recipe_of_card(bank.card), recipe_of_card(first.card)),
+                recipe_differences(recipe_of_card(bank.card), recipe_of_card(first.card)),
             )
     owners: dict[tuple[str, int], Path] = {}
     for bank in banks:
@@ -126,7 +143,7 @@ def joined_table(banks: Sequence[Bank]) -> pa.Table:
     schema = clips_schema(rows)
     try:
         return table_of(pa.concat_tables([fit_columns(bank.clips, schema) for bank in banks]))
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise BankError(
             f"a column of the clip tables has values of different types ({error}); make the banks "
             "from tables whose columns agree"
@@ -163,7 +180,7 @@ def copy_golden(bank: Bank, out: Path, schema: BankSchema) -> None:
     if read_record(out, "golden") is not None:
         return
     arrays = {f"tokens_{array.column_suffix}" for array in schema.arrays()}
-    with open_attempt(out, "golden") as attempt:
+    with unless_committed(out, "golden"), open_attempt(out, "golden") as attempt:
         files = []
         for name in sorted(bank.seal.files):
             folder, _, rest = name.partition("/")
@@ -180,7 +197,7 @@ def _take_shard(
     if read_record(out, name) is not None:
         return
     record = source_record(bank, shard)
-    with open_attempt(out, name) as attempt:
+    with unless_committed(out, name), open_attempt(out, name) as attempt:
         files = [
             _take_file(bank, array.shard_path(shard), attempt, array.shard_path(number))
             for array in schema.arrays()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -88,7 +89,24 @@ class Bank:
     @cached_property
     def clips(self) -> pa.Table:
         """clips.parquet, one row a bank row, in order; `BankCorrupt` where it cannot be trusted."""
-        return read_clips(self.path / CLIPS, self.schema)
+        with self._as_opened():
+            return read_clips(self.path / CLIPS, self.schema)
+
+    @contextmanager
+    def _as_opened(self) -> Iterator[None]:
+        """Tells a bank that has grown since it was opened from one that is damaged."""
+        try:
+            yield
+        except BankCorrupt as error:
+            try:
+                has_changed = read_seal(self.path).root_sha256 != self.root_sha256
+            except BankError:
+                has_changed = not (self.path / SEAL).exists()
+            if not has_changed:
+                raise
+            raise BankError(
+                f"{self.path} has grown or was made anew since it was opened; open it again"
+            ) from error
 
     @property
     def status(self) -> Int32[np.ndarray, " row"]:
@@ -158,7 +176,8 @@ class Bank:
             inside = range(part.start - first, part.stop - first)
             path = self.path / _chunk_path(array, chunk)
             place = slice(part.start - rows.start, part.stop - rows.start)
-            out[place] = _read_rows(path, array.dtype, array.row_shape, inside, per_chunk)
+            with self._as_opened():
+                out[place] = _read_rows(path, array.dtype, array.row_shape, inside, per_chunk)
         return out
 
     def places(self, layer: int, kind: str = "patches") -> RowPlaces:

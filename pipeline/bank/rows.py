@@ -75,16 +75,20 @@ class TokenFloats:
     """The tokens of one array as float32, whatever they are stored as."""
 
     def __init__(self, bank: Bank, array: TokenArray) -> None:
-        self._bytes, self._stored = RowBytes(bank, array), array.stored
-        self._scale = self._constants = None
-        if array.stored.is_quantised:
-            self._scale, self._constants = bank.scale(array.layer), bank.constants(array.layer)
+        self._bytes, self._stored, self._bank = RowBytes(bank, array), array.stored, bank
+        self._constants = bank.constants(array.layer) if array.stored.is_quantised else None
+        self._scales = [
+            small
+            for small in bank.schema.small_arrays()
+            if (small.layer, small.name) == (array.layer, "scale")
+        ]
 
     def read(self, row: int) -> Float32[np.ndarray, "token dim"]:
         tokens = self._bytes.read(row)
-        if self._constants is None or self._scale is None:
+        if self._constants is None:
             return self._stored.to_float(tokens).astype(np.float32)
-        return self._constants.dequantise(self._stored.to_codes(tokens), self._scale[row])
+        scale = self._bank.small(self._scales[0], range(row, row + 1))[0]
+        return self._constants.dequantise(self._stored.to_codes(tokens), scale)
 
 
 def _read_at(path: Path, offset: int, n_bytes: int) -> bytes:

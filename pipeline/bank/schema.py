@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import time
 import uuid
@@ -21,7 +22,8 @@ from zarr.codecs import BloscCodec
 
 from patchbank.pipeline.bank.dtypes import STORED_TYPES, StoredType, prefix_type
 from patchbank.pipeline.bank.layout import ShardLayout
-from patchbank.pipeline.bank.writer import fsync_tree
+from patchbank.pipeline.bank.writer import fsync_folder, fsync_tree
+from patchbank.pipeline.errors import BankError
 from patchbank.pipeline.specs import Grid, Json, LayerSpec, StoredDType
 
 FORMAT_VERSION = 1
@@ -140,6 +142,11 @@ class BankSchema:
     def n_shards(self) -> int:
         return self._first_shards[-1]
 
+    @property
+    def n_files(self) -> int:
+        """Shard files and commit records, which are most of a bank's files."""
+        return self.n_shards * (len(self.arrays()) + 1)
+
     def rows_of(self, shard: int) -> range:
         """The rows of a shard that hold clips."""
         generation = bisect_right(self._first_shards, shard) - 1
@@ -214,7 +221,12 @@ def create_skeleton(
         fsync_tree(draft)
         # The commits folder makes a bank non-empty, so a rename never replaces an existing one.
         draft.rename(bank)
-    except OSError:
+        fsync_folder(bank.parent)
+    except OSError as error:
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+            raise BankError(
+                f"cannot write {bank}: {error.strerror}; choose another --out"
+            ) from error
         if not (bank / "zarr.json").is_file():
             raise
     finally:

@@ -45,8 +45,8 @@ def require_seal(bank: Path) -> None:
     """Raises `BankIncomplete` where a bank has no seal."""
     if not (bank / SEAL).is_file():
         raise BankIncomplete(
-            f"{bank} is not sealed: its extraction has not finished. "
-            "Run the same `patchbank extract` command again"
+            f"{bank} is not sealed: what makes it has not finished. "
+            "Run the same `patchbank` command again"
         )
 
 
