@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -188,3 +189,30 @@ def test_whole_numbers_of_seconds_are_the_same_recipe(clip_table: Path, tmp_path
     whole = ExtractionSettings(**{**vars(SETTINGS), "window": WindowSpec(1, 1)})
     bank = extract(clip_table, encoder="fake", out=out, settings=whole)
     assert open_bank(out).recipe_id == bank.recipe_id
+
+
+def test_an_attempt_of_another_host_is_dead_only_when_it_has_been_still_for_long(
+    clip_table: Path, tmp_path: Path
+) -> None:
+    from patchbank.pipeline.bank.commit import live_attempts, recover
+
+    out = tmp_path / "x.bank"
+    line = [sys.executable, "-c", KILLED_RUN, str(clip_table), str(out), "before a commit"]
+    subprocess.run(line, check=False)
+    attempts = list((out / ".work").glob("0*"))
+    # On a disk whose locks do not reach other machines, a live attempt over there looks unlocked.
+    (attempts[0] / "lock").write_text("another-host")
+    recover(out)
+    assert list((out / ".work").glob("0*")) == attempts[:1]
+    assert live_attempts(out) == {attempts[0].name.split(".")[0]}
+    for path in [attempts[0], *attempts[0].rglob("*")]:
+        os.utime(path, (1, 1))
+    recover(out)
+    assert list((out / ".work").glob("0*")) == []
+
+
+def test_a_skeleton_that_a_killed_growth_left_is_no_work_under_way(copy: Path) -> None:
+    from patchbank.pipeline.bank.commit import live_attempts
+
+    (copy / ".work/.next.0123").mkdir(parents=True)
+    assert live_attempts(copy) == set()

@@ -15,6 +15,8 @@ import fcntl
 import json
 import os
 import shutil
+import socket
+import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -34,6 +36,7 @@ SEAL_LOCK = "seal.lock"
 DRAFT = "commit.json"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system without locks answers."""
+STALE_S = 3_600
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK)
 
 
@@ -72,6 +75,7 @@ def _locked_attempt(bank: Path, name: str) -> tuple[Path, int]:
             descriptor = os.open(attempt / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
             undo.callback(os.close, descriptor)
             _lock(descriptor)
+            os.write(descriptor, socket.gethostname().encode())
             # Before the lock, `recover` may have taken the attempt for a dead one.
             if (attempt / LOCK).is_file():
                 undo.pop_all()
@@ -240,7 +244,8 @@ def recover_owned(bank: Path) -> None:
 def live_attempts(bank: Path) -> set[str]:
     """Names of the shards and other work that some process works on now."""
     alive = set()
-    for attempt in (bank / WORK).glob("*.*/"):
+    # Names with a dot in front are skeletons of a growth, which no process holds.
+    for attempt in (bank / WORK).glob("[!.]*.*/"):
         with _dead(attempt) as is_dead:
             if not is_dead:
                 alive.add(attempt.name.rpartition(".")[0])
@@ -256,9 +261,23 @@ def _dead(attempt: Path) -> Iterator[bool]:
         yield False  # just being made, or just being removed
         return
     try:
-        yield _locks_at_once(descriptor)
+        yield _locks_at_once(descriptor) and _may_be_judged(attempt, descriptor)
     finally:
         os.close(descriptor)
+
+
+def _may_be_judged(attempt: Path, descriptor: int) -> bool:
+    """Whether the lock of an attempt tells: on a network disk it may hold on its own host only.
+
+    What another host has not touched for an hour is dead, too.
+    """
+    if os.read(descriptor, 1_024) in (b"", socket.gethostname().encode()):
+        return True
+    touched = [attempt.stat().st_mtime]
+    for path in attempt.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            touched.append(path.stat().st_mtime)
+    return time.time() - max(touched) > STALE_S
 
 
 def _locks_at_once(descriptor: int) -> bool:
