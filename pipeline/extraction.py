@@ -95,7 +95,7 @@ def run(
                 return open_bank(bank)
             try:
                 _advance(extraction, scheduler=scheduler, progress=progress)
-            except (FileNotFoundError, BankNotFound):
+            except (FileNotFoundError, FileExistsError, BankNotFound):
                 # The folder of a growth goes when another process has finished it.
                 if extraction.grows is None or is_current(extraction.grows):
                     raise

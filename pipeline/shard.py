@@ -222,7 +222,7 @@ class ShardExtractor:
                 if (report := self._committed(shard, clips)) is not None:
                     return report
                 return self._extract(attempt, shard, clips, extraction)
-        except (FileNotFoundError, BankError):
+        except (FileNotFoundError, FileExistsError, BankError):
             # A faster process that sealed the bank removes the attempts of the others.
             report = self._committed(shard, clips)
             if report is None:

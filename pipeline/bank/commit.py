@@ -148,7 +148,7 @@ def unless_committed(bank: Path, name: str) -> Iterator[None]:
     """Passes over an attempt that was cleared away because another process was faster."""
     try:
         yield
-    except (FileNotFoundError, BankError):
+    except (FileNotFoundError, FileExistsError, BankError):
         if read_record(bank, name) is None:
             raise
 
@@ -311,8 +311,9 @@ def _publish(bank: Path, attempt: Path, record: Json) -> None:
     for file in record["files"]:
         source, target = attempt / file["path"], bank / file["path"]
         # Another process that recovers may have been faster with the same file; it may even have
-        # sealed the bank, so that no folder is made for nothing.
-        with contextlib.suppress(FileNotFoundError):
+        # sealed the bank, so that no folder is made for nothing. (A folder that goes while `mkdir`
+        # looks at it is said to exist.)
+        with contextlib.suppress(FileNotFoundError, FileExistsError):
             source.stat()
             target.parent.mkdir(parents=True, exist_ok=True)
             source.replace(target)
