@@ -247,7 +247,8 @@ def _finish(join: _Join, *, task: Task, allow_unlabelled: bool) -> LabelSet:
 
 
 def _unlabelled(join: _Join, rows: Int[np.ndarray, " row"]) -> Iterator[Problem]:
-    lacking = {row: name for row, name in join.lacking.items() if row in set(rows.tolist())}
+    asked = set(rows.tolist())
+    lacking = {row: name for row, name in join.lacking.items() if row in asked}
     for row, name in lacking.items():
         clip_id, view = (join.clips.column(key)[row].as_py() for key in ("clip_id", "view"))
         message = (

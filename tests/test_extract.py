@@ -118,7 +118,8 @@ def test_mask_padding_counts_only_patches_with_audio(tmp_path: Path) -> None:
 def test_a_plan_is_right_about_the_bytes(sealed: Bank, clip_table: Path, tmp_path: Path) -> None:
     plan = prepare(clip_table, encoder="fake", out=tmp_path / "y.bank", settings=SETTINGS).plan
     shard_files = sealed.path.glob("layers/*/p*/c.*")
-    assert plan.schema.token_bytes() == sum(path.stat().st_size for path in shard_files)
+    token_bytes = sum(plan.schema.shard_bytes(shard) for shard in range(plan.schema.n_shards))
+    assert token_bytes == sum(path.stat().st_size for path in shard_files)
     assert len(plan.missing_shards) == 3
     assert not (tmp_path / "y.bank").exists()
 

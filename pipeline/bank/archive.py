@@ -11,6 +11,7 @@ import hashlib
 import os
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int64
@@ -26,7 +27,7 @@ from patchbank.pipeline.bank.layout import (
 from patchbank.pipeline.bank.writer import FileRecord, RowDigest
 from patchbank.pipeline.errors import BankCorrupt
 
-CODEC = "zstd"
+CODEC: Literal["zstd"] = "zstd"
 LEVEL = 5
 HEADER_BYTES = 16
 MOST_EXPANSION = 2**16

@@ -20,6 +20,7 @@ import zarr
 from jaxtyping import Int64
 from zarr.codecs import BloscCodec
 
+from patchbank.pipeline.bank.archive import CODEC, LEVEL
 from patchbank.pipeline.bank.dtypes import STORED_TYPES, StoredType, prefix_type
 from patchbank.pipeline.bank.layout import ShardLayout
 from patchbank.pipeline.bank.writer import fsync_folder, fsync_tree
@@ -193,10 +194,6 @@ class BankSchema:
             ]
         return arrays
 
-    def token_bytes(self) -> int:
-        """Bytes of all shard files."""
-        return sum(self.shard_bytes(shard) for shard in range(self.n_shards))
-
     def shard_bytes(self, shard: int) -> int:
         """Bytes of one shard's files, in all token arrays."""
         n_rows = len(self.rows_of(shard))
@@ -289,7 +286,7 @@ def create_token_array(bank: Path, array: TokenArray, schema: BankSchema) -> Non
 
 def archive_codec(dtype: np.dtype[Any]) -> BloscCodec:
     """What the rows of an archive are compressed with, as Zarr names it."""
-    return BloscCodec(typesize=dtype.itemsize, cname="zstd", clevel=5, shuffle="bitshuffle")
+    return BloscCodec(typesize=dtype.itemsize, cname=CODEC, clevel=LEVEL, shuffle="bitshuffle")
 
 
 def create_small_array(folder: Path, array: SmallArray, n_rows: int) -> zarr.Array[Any]:
