@@ -43,5 +43,8 @@ class Tier(Enum):
     """Tiers of `BatchLoader`."""
 
     auto = "auto"
+    device = "device"
     ram = "ram"
     map = "map"
+    read = "read"
+    direct = "direct"

@@ -78,8 +78,7 @@ def rows_of_bank(artefact: ProbeArtefact, path: Path) -> Iterator[Row]:
     bank = open_bank(path)
     artefact.check_encoder(bank.card["encoder"], bank.encoder_id)
     clips = bank.clips.select(["clip_id", "start_s", "duration_s"]).to_pylist()
-    # One pass: copying the tokens to memory first would not pay.
-    loader = BatchLoader(bank, layer=artefact.layer, shuffle=False, tier="map")
+    loader = BatchLoader(bank, layer=artefact.layer, shuffle=False, reads_once=True)
     for batch in loader:
         scores = artefact.predict_proba(batch.patches, batch.prefix, batch.n_patches)
         for row, probabilities in zip(np.asarray(batch.rows).tolist(), scores, strict=True):

@@ -92,6 +92,7 @@ def train_probe(
             allow_unlabelled=allow_unlabelled,
             tier=tier.value,
             progress=progress,
+            say=lambda line: print(line, file=sys.stderr),
         )
     if json_output:
         print(json.dumps(results))

@@ -32,7 +32,7 @@ from patchbank.pipeline.bank.parts import RowFacts, part_table
 from patchbank.pipeline.bank.reader import Bank, open_bank
 from patchbank.pipeline.bank.schema import HOLE, SmallArray, Storage, TokenArray
 from patchbank.pipeline.bank.seal import seal_bank
-from patchbank.pipeline.bank.writer import RowDigest, ShardFileWriter
+from patchbank.pipeline.bank.writer import ShardFileWriter, writer_threads
 from patchbank.pipeline.plan import bank_bytes, check_space
 from patchbank.pipeline.rebuild_plan import RebuildPlan, Rows, plan_rebuild
 from patchbank.pipeline.shard import small_values_of, write_part
@@ -70,19 +70,22 @@ def rebuild_bank(
         n_done, shards = 0, range(plan.schema.n_shards)
         _ = plan.sources if plan.is_copy else plan.floats
         pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="rebuild")
-        try:
-            for future in as_completed([pool.submit(_rebuild_shard, plan, s) for s in shards]):
-                future.result()
-                n_done += 1
-                if progress is not None:
-                    progress(n_done, len(shards))
-        finally:
-            pool.shutdown(cancel_futures=True)
+        # Others than the pool's, whose shards wait for their rows.
+        with writer_threads() as threads:
+            try:
+                futures = [pool.submit(_rebuild_shard, plan, shard, threads) for shard in shards]
+                for future in as_completed(futures):
+                    future.result()
+                    n_done += 1
+                    if progress is not None:
+                        progress(n_done, len(shards))
+            finally:
+                pool.shutdown(cancel_futures=True)
     seal_bank(out, plan.schema, recipe_id=plan.attributes["recipe_id"])
     return open_bank(out)
 
 
-def _rebuild_shard(plan: RebuildPlan, shard: int) -> None:
+def _rebuild_shard(plan: RebuildPlan, shard: int, threads: ThreadPoolExecutor) -> None:
     name = shard_name(shard)
     if read_record(plan.out, name) is not None:
         return
@@ -92,15 +95,16 @@ def _rebuild_shard(plan: RebuildPlan, shard: int) -> None:
     with unless_committed(plan.out, name), open_attempt(plan.out, name) as attempt:
         with ExitStack() as stack:
             writers = {
-                array.column_suffix: _open_writer(stack, plan, attempt, array, shard)
+                array.column_suffix: _open_writer(stack, plan, attempt, array, shard, threads)
                 for array in plan.schema.arrays()
             }
             for start in range(place.start, place.stop, BATCH_ROWS):
                 batch = range(start, min(start + BATCH_ROWS, place.stop))
                 write = _copied if plan.is_copy else _converted
                 facts.extend(write(plan, batch, writers))
-            files = [writer.finish() for writer in writers.values()]
-        files.append(write_part(attempt, shard, part_table(clips, facts, plan.schema)))
+            files = {suffix: writer.finish() for suffix, writer in writers.items()}
+        digests = {suffix: file.digests for suffix, file in files.items()}
+        part = write_part(attempt, shard, part_table(clips, facts, digests, plan.schema))
         n_failed = sum(fact.failure is not None for fact in facts)
         record: Json = {
             "n_done": len(facts) - n_failed,
@@ -109,18 +113,24 @@ def _rebuild_shard(plan: RebuildPlan, shard: int) -> None:
         }
         if others := _other_environments(plan, place):
             record["extraction"] = others
-        commit(plan.out, attempt, name, files, record)
+        commit(plan.out, attempt, name, [*(f.record for f in files.values()), part], record)
 
 
 def _open_writer(
-    stack: ExitStack, plan: RebuildPlan, attempt: Path, array: TokenArray, shard: int
+    stack: ExitStack,
+    plan: RebuildPlan,
+    attempt: Path,
+    array: TokenArray,
+    shard: int,
+    threads: ThreadPoolExecutor,
 ) -> ShardFileWriter | ArchiveFileWriter:
     name, n_rows = array.shard_path(shard), len(plan.schema.rows_of(shard))
     layout = array.layout(plan.schema.rows_per_shard)
     if plan.schema.is_archive:
         archive = ArchiveFileWriter(attempt / name, layout, n_rows=n_rows, name=name)
         return stack.enter_context(archive)
-    return stack.enter_context(ShardFileWriter(attempt / name, layout, n_rows=n_rows, name=name))
+    writer = ShardFileWriter(attempt / name, layout, n_rows=n_rows, name=name, threads=threads)
+    return stack.enter_context(writer)
 
 
 def _other_environments(plan: RebuildPlan, clips: range) -> list[Json]:
@@ -160,25 +170,22 @@ def _copied(
     values = {array.path: _small(plan, array, clips) for array in plan.schema.small_arrays()}
     for index, clip in enumerate(clips):
         owner, row = int(plan.owner[clip]), int(plan.row[clip])
-        digests = {}
         for array in plan.schema.arrays():
             tokens = plan.sources[owner, array.column_suffix].read(row)
-            digests[array.column_suffix] = writers[array.column_suffix].write_row(tokens)
+            writers[array.column_suffix].write_row(tokens)
         small = {path: value[index] for path, value in values.items()}
-        yield _facts(plan, clip, digests, small)
+        yield _facts(plan, clip, small)
 
 
 def _facts(
     plan: RebuildPlan,
     clip: int,
-    digests: dict[str, RowDigest],
     small: dict[str, Shaped[np.ndarray, ...]],
     failure: str | None = None,
 ) -> RowFacts:
     clips, row = plan.banks[int(plan.owner[clip])].clips, int(plan.row[clip])
     assert clips["status"][row].as_py() != HOLE
     return RowFacts(
-        digests=digests,
         small=small,
         audio_sha256=clips["audio_sha256"][row].as_py(),
         failure=failure or clips["reason"][row].as_py(),
@@ -205,19 +212,18 @@ def _converted(
             ),
             None,
         )
-        digests: dict[str, RowDigest] = {}
         small: dict[str, Shaped[np.ndarray, ...]] = {}
         for array in plan.schema.arrays():
             tokens = stored[array.column_suffix].tokens[index]
             tokens = np.full_like(tokens, array.stored.fill) if failure else tokens
-            digests[array.column_suffix] = writers[array.column_suffix].write_row(tokens)
+            writers[array.column_suffix].write_row(tokens)
         for spec in plan.schema.layers:
             n_patches = 0 if failure else int(counts[spec.layer][index])
             tokens_of_layer = stored[f"{spec.layer}"]
             small |= small_values_of(
                 spec.layer, n_patches, tokens_of_layer, index, failed=failure is not None
             )
-        yield _facts(plan, clip, digests, small, failure)
+        yield _facts(plan, clip, small, failure)
 
 
 def _old_failure(plan: RebuildPlan, clip: int) -> str | None:

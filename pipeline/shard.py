@@ -38,10 +38,10 @@ from patchbank.pipeline.bank.quantised import (
 from patchbank.pipeline.bank.schema import POOLED, BankSchema, TokenArray
 from patchbank.pipeline.bank.writer import (
     FileRecord,
-    RowDigest,
     ShardFileWriter,
     hash_file,
     write_durably,
+    writer_threads,
 )
 from patchbank.pipeline.encoders import load_encoder
 from patchbank.pipeline.encoders.base import TokenMap
@@ -90,10 +90,11 @@ Decoded = DecodedClip | AudioError
 
 
 class ShardExtractor:
-    """Owns the encoder and the decode threads; `extract` may run in two threads at once.
+    """Owns the encoder and the threads that decode and write; `extract` may run twice at once.
 
     While one shard is in the encoder, the other decodes and writes, so neither device nor disk
-    waits at a shard's end. Memory: per running shard, three batches of waveforms and one of tokens.
+    waits at a shard's end. Memory: per running shard, three batches of waveforms, one of tokens,
+    and the ring of each file.
     """
 
     def __init__(self, job: ExtractionJob) -> None:
@@ -117,6 +118,7 @@ class ShardExtractor:
             )
         self._grids = self._encoder.grids(self._n_samples)
         self._decoders = ThreadPoolExecutor(job.n_decode_threads, thread_name_prefix="decode")
+        self._writers = writer_threads()
         self._encoding = threading.Lock()
 
     @property
@@ -134,6 +136,7 @@ class ShardExtractor:
 
     def close(self) -> None:
         self._decoders.shutdown(cancel_futures=True)
+        self._writers.shutdown(cancel_futures=True)
 
     def environment(self) -> Json:
         """What this worker computes with."""
@@ -260,17 +263,18 @@ class ShardExtractor:
             writers = self._open_writers(stack, attempt, shard)
             for decoded in self._decoded_batches(clips, int(extraction["batch_size"])):
                 facts.extend(self._write_batch(decoded, writers))
-            files = [writer.finish() for writer in writers.values()]
+            files = {suffix: writer.finish() for suffix, writer in writers.items()}
         self._refuse_hopeless(facts)
-        table = part_table(clips, facts, self._job.schema)
-        files.append(write_part(attempt, shard, table))
+        digests = {suffix: file.digests for suffix, file in files.items()}
+        part = write_part(attempt, shard, part_table(clips, facts, digests, self._job.schema))
         n_failed = sum(fact.failure is not None for fact in facts)
         n_done = len(facts) - n_failed
         record: Json = {"n_done": n_done, "n_failed": n_failed, "rows_sha256": rows_digest(clips)}
         here = self.environment()
         if here != {key: value for key, value in extraction.items() if key != "batch_size"}:
             record["extraction"] = [here]
-        commit(self._job.folder, attempt, shard_name(shard), files, record)
+        records = [*(file.record for file in files.values()), part]
+        commit(self._job.folder, attempt, shard_name(shard), records, record)
         return ShardReport(shard, n_done, n_failed)
 
     def _open_writers(
@@ -282,7 +286,9 @@ class ShardExtractor:
         for array in schema.arrays():
             name = array.shard_path(shard)
             layout = array.layout(schema.rows_per_shard)
-            writer = ShardFileWriter(attempt / name, layout, n_rows=n_rows, name=name)
+            writer = ShardFileWriter(
+                attempt / name, layout, n_rows=n_rows, name=name, threads=self._writers
+            )
             writers[array.column_suffix] = stack.enter_context(writer)
         return writers
 
@@ -367,11 +373,10 @@ class ShardExtractor:
         writers: Mapping[str, ShardFileWriter],
     ) -> RowFacts:
         failure = _failure(index, clip, stored)
-        digests: dict[str, RowDigest] = {}
         for array in self._job.schema.arrays():
             row = stored[array.column_suffix].tokens[index]
             row = np.full_like(row, array.stored.fill) if failure else row
-            digests[array.column_suffix] = writers[array.column_suffix].write_row(row)
+            writers[array.column_suffix].write_row(row)
         n_audio = 0 if isinstance(clip, AudioError) else clip.n_audio_samples
         small: dict[str, Shaped[np.ndarray, ...]] = {}
         for layer in self._job.recipe.layers:
@@ -379,7 +384,6 @@ class ShardExtractor:
             n_patches = 0 if failure else self._counted(layer, n_audio)
             small |= small_values_of(layer, n_patches, tokens, index, failed=failure is not None)
         return RowFacts(
-            digests=digests,
             small=small,
             audio_sha256=None if isinstance(clip, AudioError) else clip.audio_sha256,
             failure=failure,

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from patchbank.pipeline.errors import BankMismatch, TrialError
 from patchbank.pipeline.specs import differing_fields
 from patchbank.probing.atomic import write_atomically, write_json
-from patchbank.probing.loader import Batch
+from patchbank.probing.batch import Batch
 from patchbank.probing.plan import sequential
 from patchbank.probing.probes import build_probe
 from patchbank.probing.probes.base import Probe, ProbeShape, Weights
@@ -69,7 +69,7 @@ class ProbeArtefact:
         """
         tokens = [None if array is None else _tensor(array) for array in (prefix, n_patches)]
         self._check_shapes(tuple(patches.shape), has_prefix=prefix is not None)
-        batch = Batch(np.arange(len(patches)), _tensor(patches), *tokens)
+        batch = Batch.of(np.arange(len(patches)), _tensor(patches), *tokens)
         parts = [
             self._probabilities(_slice(batch, rows))
             for rows in sequential(batch.rows, batch_size=PREDICT_BATCH_SIZE)
@@ -123,7 +123,7 @@ def _tensor(array: ArrayLike) -> torch.Tensor:
 
 def _slice(batch: Batch, rows: Int[np.ndarray, " clip"]) -> Batch:
     part = slice(int(rows[0]), int(rows[-1]) + 1)
-    return Batch(
+    return Batch.of(
         rows,
         batch.patches[part],
         None if batch.prefix is None else batch.prefix[part],

@@ -16,7 +16,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from patchbank.pipeline.errors import TrialError
 from patchbank.probing.artefact import ProbeArtefact
-from patchbank.probing.loader import Batch, TokenSource
+from patchbank.probing.batch import Batch, TokenSource
 from patchbank.probing.losses import LossName
 from patchbank.probing.metrics import left_out, primary_metric, score
 from patchbank.probing.passes import choose_loss, fit_stacks, predict_logits
@@ -180,7 +180,7 @@ class _ArrayRows:
         for rows in batches:
             taken = self._x[rows]
             patches = taken if isinstance(taken, torch.Tensor) else torch.from_numpy(taken)
-            yield Batch(rows, patches.reshape(len(rows), self.n_patches, self.dim))
+            yield Batch.of(rows, patches.reshape(len(rows), self.n_patches, self.dim))
 
 
 def _encode(y: Any) -> tuple[np.ndarray, Float[np.ndarray, "clip class"]]:

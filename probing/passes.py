@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchbank.probing.loader import TokenSource
+from patchbank.probing.batch import TokenSource
 from patchbank.probing.losses import LOSSES, Loss, asymmetric
 from patchbank.probing.optimiser import cosine_factor
 from patchbank.probing.plan import Rows, batches, sequential

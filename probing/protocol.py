@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 
 from patchbank.pipeline.errors import TrialError
-from patchbank.probing.loader import TokenSource
+from patchbank.probing.batch import TokenSource
 from patchbank.probing.metrics import left_out, primary_metric, score
 from patchbank.probing.passes import OnProgress, choose_loss, fit_stacks, predict_logits
 from patchbank.probing.plan import Rows

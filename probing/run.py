@@ -15,9 +15,10 @@ from patchbank.pipeline.bank.reader import Bank
 from patchbank.pipeline.errors import TrialError
 from patchbank.probing.artefact import ProbeArtefact, save_probe
 from patchbank.probing.atomic import write_json
+from patchbank.probing.bank_source import BankSource
+from patchbank.probing.batch import TokenSource
 from patchbank.probing.evaluation import Fold, left_out_rows, resamples_of, score_rows
 from patchbank.probing.labels import LabelSet, Task, read_labels
-from patchbank.probing.loader import BankSource, Tier, TokenSource
 from patchbank.probing.metrics import primary_metric
 from patchbank.probing.passes import OnProgress
 from patchbank.probing.probes.base import n_parameters
@@ -25,6 +26,7 @@ from patchbank.probing.protocol import Outcome, train
 from patchbank.probing.results import environment, write_predictions
 from patchbank.probing.settings import TrainSettings
 from patchbank.probing.splits import read_splits
+from patchbank.probing.tiers import Tier
 
 FORMAT = 1
 
@@ -75,12 +77,14 @@ def run_training(
     tier: Tier = "auto",
     source: Callable[[int], TokenSource] | None = None,
     progress: OnProgress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Trains `probes` on one layer (the last by default) and returns what results.json holds.
 
     Leaves in `out` one folder a probe and results.json, which is written last: where it exists,
-    the run is complete. `source` gives the tokens of a layer; None reads the
-    bank itself, from `tier`. Raises `ManifestError` for wrong tables, `TrialError`.
+    the run is complete. `source` gives the tokens of a layer; None reads the bank itself, from
+    `tier`, and tells `say` which one that is. Raises `ManifestError` for wrong tables,
+    `TrialError`.
     """
     settings = settings or TrainSettings()
     layer = _checked_layer(bank, layer)
@@ -89,7 +93,19 @@ def run_training(
         labels_path, bank.clips, classes=classes, task=task, allow_unlabelled=allow_unlabelled
     )
     splits = read_splits(bank.clips, usable=labels.known, splits_path=splits_path, folds=folds)
-    tokens = source(layer) if source else BankSource(cast(Bank, bank), layer, tier=tier)
+    if source is not None:
+        tokens = source(layer)
+    else:
+        done = np.asarray(bank.clips["status"]) == 1
+        tokens = BankSource(
+            cast(Bank, bank),
+            layer,
+            tier=tier,
+            device=settings.torch_device,
+            rows=np.flatnonzero(labels.known & done),
+        )
+        if say is not None:
+            say(f"tokens from {tokens.choice}")
     trained = []
     for split in splits:
         outcomes = train(

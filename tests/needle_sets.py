@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from patchbank.probing.loader import ArraySource, TokenSource
+from patchbank.probing.batch import ArraySource, TokenSource
 
 ENCODER = {"name": "needle", "weights_sha256": "0" * 64, "config": {"depth": 2}}
 

@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zarr
-from fake_bank import SETTINGS
+from fake_bank import N_CLIPS, SETTINGS
 from hostile_bank import reseal
+from token_rows import read_rows
 
 from patchbank.cli.main import main
 from patchbank.pipeline.bank import Bank, open_bank
+from patchbank.pipeline.bank.row_files import RowFiles
 from patchbank.pipeline.errors import (
     BankCorrupt,
     BankError,
@@ -23,7 +27,7 @@ from patchbank.pipeline.errors import (
 )
 from patchbank.pipeline.extraction import extract
 from patchbank.probing import BatchLoader
-from patchbank.probing.loader import TokenReader
+from patchbank.probing.row_readers import MappedRows, RamRows
 
 
 def test_a_moved_bank_opens(sealed: Bank, tmp_path: Path) -> None:
@@ -197,27 +201,28 @@ def test_a_shard_that_is_lost_before_it_is_mapped_is_an_error(
     what: str, rows: list[int], copy: Path
 ) -> None:
     bank = open_bank(copy)
-    reader = TokenReader(bank.places(1), tier="map")
+    reader = MappedRows(bank.places(1))
     shard = copy / "layers/1/patches/c.1.0.0"
     if what == "short":
         os.truncate(shard, 16 * 4_096 - 4_000)  # within the last row
     else:
         lose(shard, what)
     with pytest.raises(BankCorrupt, match=r"layers/1/patches/c\.1\.0\.0"):
-        reader.read(np.array(rows))
-    assert reader.read(np.array([0, 1])).shape == (2, 20, 8)
+        read_rows(reader, rows)
+    assert read_rows(reader, [0, 1]).any()
 
 
 def test_memory_holds_no_tokens_of_holes_and_a_hole_is_an_error(copy: Path) -> None:
     places = open_bank(copy).places(1)
     offset = np.where(np.arange(40) % 5 == 0, -1, places.offset)
-    for tier in ("ram", "map"):
-        reader = TokenReader(replace(places, offset=offset), tier=tier)
-        whole = TokenReader(places, tier=tier)
-        rows = np.array([1, 39, 17])
-        np.testing.assert_array_equal(reader.read(rows).copy(), whole.read(rows))
+    holed = replace(places, offset=offset)
+    present = np.flatnonzero(offset >= 0)
+    kept = RamRows(RowFiles(holed, direct=False), present, n_rows=40)
+    for reader in (kept, MappedRows(holed), RowFiles(holed, direct=False)):
+        rows = [1, 39, 17]
+        np.testing.assert_array_equal(read_rows(reader, rows), read_rows(MappedRows(places), rows))
         with pytest.raises(BankError, match="row 5 has no tokens: it is a hole"):
-            reader.read(np.array([4, 5]))
+            read_rows(reader, [4, 5])
 
 
 def test_scales_and_constants_that_are_lost_after_opening_are_errors(
@@ -249,3 +254,62 @@ def test_counts_of_patches_that_a_row_cannot_have_are_an_error(copy: Path) -> No
         bank.n_patches(1)
     with pytest.raises(BankCorrupt, match="row 7 counts"):
         BatchLoader(bank, layer=1)
+
+
+def clips_with(copy: Path, **columns: pa.Array) -> Bank:
+    """The bank with other columns, or more, in its table of clips."""
+    clips = pq.read_table(copy / "clips.parquet")
+    for name, values in columns.items():
+        place = clips.schema.get_field_index(name)
+        clips = (
+            clips.append_column(name, values)
+            if place < 0
+            else clips.set_column(place, name, values)
+        )
+    pq.write_table(clips, copy / "clips.parquet", compression="zstd")
+    reseal(copy)
+    return open_bank(copy)
+
+
+def test_the_status_of_rows_is_read_without_the_other_columns(copy: Path) -> None:
+    bank = clips_with(copy, start_s=pa.array([np.nan] * N_CLIPS))
+    assert bank.status.tolist() == [1] * N_CLIPS
+    assert bank.status is bank.status
+    with pytest.raises(ValueError, match="read-only"):
+        bank.status[0] = 2
+    with pytest.raises(BankCorrupt, match="start_s is not finite"):
+        _ = bank.clips
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        pytest.param(
+            pa.array([1] * 39 + [4], pa.int8()), "status 4, expected 1 done", id="unknown"
+        ),
+        pytest.param(pa.array([1] * 39 + [None], pa.int8()), "status None, expected", id="null"),
+        pytest.param(pa.array([1] * 39 + [3], pa.int8()), "row 39 is no clip", id="a hole"),
+        pytest.param(pa.array([1] * 40, pa.int32()), "status is int32, expected int8", id="type"),
+    ],
+)
+def test_a_status_that_cannot_be_is_an_error(status: pa.Array, words: str, copy: Path) -> None:
+    bank = clips_with(copy, status=status)
+    for read in (lambda: bank.status, lambda: bank.clips):
+        with pytest.raises(BankCorrupt, match=words):
+            read()
+
+
+def test_what_is_read_along_with_the_status_is_counted_before(copy: Path) -> None:
+    texts = pa.array(["x" * 2_000_000] * N_CLIPS)
+    # To Arrow a dot leads to a field of a column, whatever the columns are called.
+    bank = clips_with(copy, **{"status.more": texts})
+    with pytest.raises(BankCorrupt, match="more memory than its size justifies"):
+        _ = bank.status
+    assert clips_with(copy, **{"status.more": pa.nulls(N_CLIPS), "more": texts}).status.all()
+
+
+def test_rows_of_a_bank_that_grew_meanwhile_are_told_from_damage(copy: Path) -> None:
+    bank = open_bank(copy)
+    clips_with(copy, status=pa.array([3] * N_CLIPS, pa.int8()))
+    with pytest.raises(BankError, match="has grown or was made anew since it was opened"):
+        _ = bank.status

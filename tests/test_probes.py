@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from patchbank.pipeline.errors import TrialError
-from patchbank.probing.loader import Batch
+from patchbank.probing.batch import Batch
 from patchbank.probing.probes import PROBES, best_match, build_probe
 from patchbank.probing.probes.base import ProbeShape, Weights, n_parameters, stacked_weights
 from patchbank.probing.probes.best_match import best_match as highest_similarity
@@ -233,11 +233,11 @@ def test_prototypes_see_directions_only_and_no_cls() -> None:
 def test_float16_tokens_are_converted_once_into_reused_memory() -> None:
     patches = torch.randn(4, 7, 24).half()
     buffers = Buffers()
-    batch = Batch(np.arange(4), patches)
+    batch = Batch.of(np.arange(4), patches)
     device = torch.device("cpu")
     first = convert(batch, dtype=torch.float32, device=device, buffers=buffers)
     assert torch.equal(first.patches, patches.float())
-    short = Batch(np.arange(2), patches[:2])
+    short = Batch.of(np.arange(2), patches[:2])
     second = convert(short, dtype=torch.float32, device=device, buffers=buffers)
     assert torch.equal(second.patches, patches[:2].float())
     assert second.patches.data_ptr() == first.patches.data_ptr()
@@ -250,7 +250,7 @@ def test_a_patch_of_zeros_has_no_direction_but_breaks_nothing() -> None:
 
 @pytest.mark.parametrize("counts", [[0, 3], [1, 8]], ids=["none", "too many"])
 def test_impossible_patch_counts_are_refused(counts: list[int]) -> None:
-    batch = Batch(np.arange(2), torch.ones(2, 7, 3), None, torch.tensor(counts))
+    batch = Batch.of(np.arange(2), torch.ones(2, 7, 3), None, torch.tensor(counts))
     message = f"found n_patches from {counts[0]} to {counts[1]}, expected 1 to 7 in every clip"
     with pytest.raises(TrialError, match=message):
         convert(batch, dtype=torch.float32, device=torch.device("cpu"), buffers=Buffers())

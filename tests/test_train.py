@@ -17,7 +17,7 @@ from rich.console import Console
 from patchbank.pipeline.errors import ManifestError, TrialError
 from patchbank.probing import run, train
 from patchbank.probing.artefact import load_probe
-from patchbank.probing.loader import ArraySource
+from patchbank.probing.batch import ArraySource
 from patchbank.probing.metrics import score
 from patchbank.probing.passes import Progress
 from patchbank.probing.protocol import Candidate, choose

@@ -24,7 +24,7 @@ from patchbank.pipeline.bank.layout import (
     index_entries,
     sealed_index,
 )
-from patchbank.pipeline.bank.writer import FileRecord, RowDigest
+from patchbank.pipeline.bank.writer import FileRecord, FinishedFile, RowDigest
 from patchbank.pipeline.errors import BankCorrupt
 
 CODEC: Literal["zstd"] = "zstd"
@@ -92,25 +92,28 @@ class ArchiveFileWriter:
         self._layout, self._n_rows, self._name = layout, n_rows, name
         self._hash = hashlib.sha256()
         self._lengths: list[int] = []
+        self._digests: list[RowDigest] = []
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("xb")
 
-    def write_row(self, row: np.ndarray) -> RowDigest:
-        """Appends one row, shape (token, dim); the digest is that of its bytes, not compressed."""
+    def write_row(self, row: np.ndarray) -> None:
+        """Appends one row, shape (token, dim); its digest is that of its bytes, not compressed."""
         data = np.ascontiguousarray(row).tobytes()
         if len(data) != self._layout.row_bytes:
             raise ValueError(f"a row has {self._layout.row_bytes} bytes, found {len(data)}")
+        if len(self._lengths) == self._n_rows:
+            raise ValueError(f"all {self._n_rows} rows were written, found one more")
         stored = compress(data, typesize=row.dtype.itemsize)
         self._write(stored)
         self._lengths.append(len(stored))
-        return RowDigest(hashlib.sha256(data).hexdigest(), crc32c(data))
+        self._digests.append(RowDigest(hashlib.sha256(data).hexdigest(), crc32c(data)))
 
     def _write(self, data: bytes) -> None:
         self._hash.update(data)
         self._file.write(data)
 
-    def finish(self) -> FileRecord:
-        """Writes the index, flushes, and returns the file's record."""
+    def finish(self) -> FinishedFile:
+        """Writes the index and flushes."""
         if len(self._lengths) != self._n_rows:
             raise ValueError(f"{len(self._lengths)} of {self._n_rows} rows were written")
         entries = np.full((self._layout.n_slots, 2), MISSING, dtype="<u8")
@@ -120,7 +123,8 @@ class ArchiveFileWriter:
         self._write(sealed_index(entries))
         self._file.flush()
         os.fsync(self._file.fileno())
-        return FileRecord(self._name, self._file.tell(), self._hash.hexdigest())
+        record = FileRecord(self._name, self._file.tell(), self._hash.hexdigest())
+        return FinishedFile(record, tuple(self._digests))
 
     def __enter__(self) -> ArchiveFileWriter:
         return self

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from jaxtyping import Int8, Int32
 
 from patchbank.pipeline.bank.parquet_pages import pages
 from patchbank.pipeline.bank.schema import DONE, FAILED, HOLE, BankSchema
@@ -59,11 +60,36 @@ def read_clips(path: Path, schema: BankSchema) -> pa.Table:
     Raises `BankCorrupt` where it cannot be read, lacks a row or a column, would take more memory
     than its size justifies, or has holes elsewhere than the schema.
     """
+    clips = _read(path, schema, only=None)
+    for problem in (*_status_problems(clips, schema), *_value_problems(clips, schema)):
+        raise BankCorrupt(f"{path}: {problem}; pull the bank again")
+    return clips
+
+
+def read_status(path: Path, schema: BankSchema) -> Int32[np.ndarray, " row"]:
+    """The status of each row, as `read_clips` would have it, without a look at other columns.
+
+    Raises what `read_clips` does, but for the values of those.
+    """
+    clips = _read(path, schema, only="status")
+    for problem in _status_problems(clips, schema):
+        raise BankCorrupt(f"{path}: {problem}; pull the bank again")
+    return status_of(clips).astype(np.int32)
+
+
+def status_of(clips: pa.Table) -> Int8[np.ndarray, " row"]:
+    """The column `status`, in which no row is null."""
+    # Whatever else turns Arrow's values into NumPy's imports pandas first, where there is one.
+    return np.from_dlpack(clips["status"].combine_chunks())
+
+
+def _read(path: Path, schema: BankSchema, *, only: str | None) -> pa.Table:
+    """All columns or one, of which nothing is known but their types and their memory."""
     try:
         with pq.ParquetFile(path, **_thrift_limits(path)) as file:
             _check_metadata(path, file, schema)
-            _check_expansion(path, file)
-            clips = file.read()
+            _check_expansion(path, file, only=only)
+            clips = file.read(None if only is None else [only])
         if len(clips) != schema.n_rows:
             raise ValueError(f"{len(clips)} rows can be read of {schema.n_rows}")
         # Texts that are no UTF-8 would stop whoever prints or hashes them.
@@ -71,8 +97,6 @@ def read_clips(path: Path, schema: BankSchema) -> pa.Table:
     except (pa.ArrowException, OSError, ValueError, KeyError, OverflowError, MemoryError) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise BankCorrupt(f"{path}: cannot be read: {reason}; pull the bank again") from error
-    for problem in _value_problems(clips, schema):
-        raise BankCorrupt(f"{path}: {problem}; pull the bank again")
     return clips
 
 
@@ -122,22 +146,29 @@ def _null_row_bytes(type_: pa.DataType, *, in_list: bool = False) -> int:
     return int(type_.byte_width) if pa.types.is_fixed_size_binary(type_) else LEVEL_BYTES
 
 
-def _check_expansion(path: Path, file: pq.ParquetFile) -> None:
-    """Counts what the columns take once they are decoded and spelled out."""
+def _check_expansion(path: Path, file: pq.ParquetFile, *, only: str | None) -> None:
+    """Counts what the columns, or one of them, take once they are decoded and spelled out."""
     n_bytes = path.stat().st_size
     left = _Allowance(MOST_EXPANSION * n_bytes + SPARE_BYTES)
     for field in file.schema_arrow:
         left.spend(file.metadata.num_rows * _null_row_bytes(field.type))
     leaves = [file.schema.column(index) for index in range(len(file.schema))]
-    for page in pages(path, n_columns=len(leaves), n_rows=file.metadata.num_rows):
+    chosen = [i for i, leaf in enumerate(leaves) if only is None or _is_part(leaf.path, only)]
+    n_rows = file.metadata.num_rows
+    for page in pages(path, n_columns=len(leaves), n_rows=n_rows, chosen=chosen):
         left.spend(page.n_bytes + page.n_values * _value_bytes(leaves[page.column]))
-    texts = [leaf.path for leaf in leaves if leaf.physical_type == "BYTE_ARRAY"]
+    texts = [leaves[i].path for i in chosen if leaves[i].physical_type == "BYTE_ARRAY"]
     with pq.ParquetFile(path, read_dictionary=texts, **_thrift_limits(path)) as dictionaries:
         for group in range(dictionaries.num_row_groups):
             for name in texts:
                 for column in dictionaries.read_row_group(group, [name]).columns:
                     for chunk in column.chunks:
                         left.spend(_spelled_out_bytes(chunk))
+
+
+def _is_part(leaf: str, column: str) -> bool:
+    """Whether Arrow reads a leaf with a column: a dot in a name looks like one between fields."""
+    return leaf == column or leaf.startswith(f"{column}.")
 
 
 @dataclass
@@ -174,20 +205,24 @@ def _value_bytes(leaf: pq.ColumnSchema) -> int:
     return int(VALUE_BYTES.get(leaf.physical_type, leaf.length) + n_levels * LEVEL_BYTES)
 
 
-def _value_problems(clips: pa.Table, schema: BankSchema) -> Iterator[str]:
-    status = clips["status"]
-    known = pc.is_in(status, value_set=pa.array([DONE, FAILED, HOLE], pa.int8()))
-    if not pc.all(known, min_count=0).as_py():
-        wrong = status.filter(pc.invert(known))[0].as_py()
-        yield f"status {wrong}, expected 1 done, 2 failed or 3 hole"
+def _status_problems(clips: pa.Table, schema: BankSchema) -> Iterator[str]:
+    if clips["status"].null_count:
+        yield "status None, expected 1 done, 2 failed or 3 hole"
+        return
+    status = status_of(clips)
+    known = np.isin(status, (DONE, FAILED, HOLE))
+    if not known.all():
+        yield f"status {status[~known][0]}, expected 1 done, 2 failed or 3 hole"
         return
     is_clip = np.zeros(schema.n_rows, bool)
     is_clip[schema.clip_rows()] = True
-    claimed = np.asarray(status) != HOLE
+    claimed = status != HOLE
     if (claimed != is_clip).any():
         row = int(np.argmax(claimed != is_clip))
         yield f"row {row} is {'no ' * bool(is_clip[row])}clip, the card says otherwise"
-        return
+
+
+def _value_problems(clips: pa.Table, schema: BankSchema) -> Iterator[str]:
     for name in OF_EVERY_CLIP:
         if clips[name].null_count != schema.n_rows - schema.n_clips:
             yield f"{name} is null in clips or given in holes"

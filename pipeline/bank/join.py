@@ -32,7 +32,8 @@ from patchbank.pipeline.bank.commit import (
 )
 from patchbank.pipeline.bank.identity import rows_digest, table_of
 from patchbank.pipeline.bank.layout import MAX_FILES
-from patchbank.pipeline.bank.reader import ADVICE, Bank, open_bank
+from patchbank.pipeline.bank.places import ADVICE
+from patchbank.pipeline.bank.reader import Bank, open_bank
 from patchbank.pipeline.bank.rows import BankRows
 from patchbank.pipeline.bank.schema import BankSchema
 from patchbank.pipeline.bank.seal import seal_bank

@@ -7,6 +7,7 @@ be mapped or read with O_DIRECT; the bytes between rows are zero. Pure functions
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,8 +74,23 @@ def parse_index(
     does not match, or an entry leaves the file, has another length than a row, overlaps another or
     is not aligned.
     """
-    entries = index_entries(tail, layout, file_bytes=file_bytes, name=name)
-    return _checked_offsets(entries, layout, file_bytes=file_bytes, name=name)
+    offsets = parse_indices([tail], layout, file_bytes=[file_bytes], names=[name])
+    return np.asarray(offsets[0])
+
+
+def parse_indices(
+    tails: Sequence[bytes],
+    layout: ShardLayout,
+    *,
+    file_bytes: Sequence[int],
+    names: Sequence[str],
+) -> Int64[np.ndarray, "shard slot"]:
+    """`parse_index` of several shard files of one array at once."""
+    entries = [
+        index_entries(tail, layout, file_bytes=n_bytes, name=name)
+        for tail, n_bytes, name in zip(tails, file_bytes, names, strict=True)
+    ]
+    return _checked_offsets(np.stack(entries), layout, file_bytes=file_bytes, names=names)
 
 
 def index_entries(
@@ -92,27 +108,39 @@ def index_entries(
 
 
 def _checked_offsets(
-    entries: UInt64[np.ndarray, "slot 2"], layout: ShardLayout, *, file_bytes: int, name: str
-) -> Int64[np.ndarray, " slot"]:
-    empty = (entries == MISSING).all(axis=1)
-    offset, length = entries[:, 0], entries[:, 1]
-    end_of_rows = file_bytes - layout.index_bytes
-    # Plain numbers: a row may be said to have more bytes than 64 bits count.
-    last_offset = end_of_rows - layout.row_bytes
-    wrong = ~empty & ((length != layout.row_bytes) | (offset > last_offset) | (last_offset < 0))
-    if wrong.any():
-        slot = int(np.argmax(wrong))
-        raise BankCorrupt(
-            f"shard {name}, row {slot}: the index points to {int(length[slot])} bytes at "
-            f"{int(offset[slot])}; rows have {layout.row_bytes} bytes and end before {end_of_rows}"
-        )
-    used = np.sort(offset[~empty])
-    if (np.diff(used) < layout.row_bytes).any():
-        raise BankCorrupt(f"shard {name}: rows overlap in the index")
+    entries: UInt64[np.ndarray, "shard slot 2"],
+    layout: ShardLayout,
+    *,
+    file_bytes: Sequence[int],
+    names: Sequence[str],
+) -> Int64[np.ndarray, "shard slot"]:
+    offset, length = entries[..., 0], entries[..., 1]
+    empty = (offset == MISSING) & (length == MISSING)
+    end_of_rows = np.array(file_bytes, np.int64) - layout.index_bytes
+    # A row may be said to have more bytes than 64 bits count.
+    last_offset = end_of_rows[:, None] - min(layout.row_bytes, np.iinfo(np.int64).max)
+    outside = (last_offset < 0) | (offset > last_offset.clip(min=0).astype(np.uint64))
+    wrong = ~empty & (outside | (length != layout.row_bytes))
+    # Empty slots are sorted behind all others.
+    used = np.sort(np.where(empty, MISSING, offset), axis=1)
+    overlap = (np.diff(used, axis=1) < layout.row_bytes) & (used[:, 1:] != MISSING)
     # Direct reads and 16-bit views need it.
-    if (used % np.uint64(ALIGNMENT_BYTES)).any():
-        raise BankCorrupt(f"shard {name}: a row does not begin at a multiple of {ALIGNMENT_BYTES}")
-    return np.where(empty, np.int64(-1), offset.astype(np.int64))
+    misaligned = ~empty & (offset % np.uint64(ALIGNMENT_BYTES) != 0)
+    damaged = (wrong | misaligned).any(axis=1) | overlap.any(axis=1)
+    if not damaged.any():
+        return np.where(empty, np.int64(-1), offset.astype(np.int64))
+    shard = int(np.argmax(damaged))
+    name = names[shard]
+    if wrong[shard].any():
+        slot = int(np.argmax(wrong[shard]))
+        raise BankCorrupt(
+            f"shard {name}, row {slot}: the index points to {int(length[shard, slot])} bytes at "
+            f"{int(offset[shard, slot])}; rows have {layout.row_bytes} bytes and end before "
+            f"{int(end_of_rows[shard])}"
+        )
+    if overlap[shard].any():
+        raise BankCorrupt(f"shard {name}: rows overlap in the index")
+    raise BankCorrupt(f"shard {name}: a row does not begin at a multiple of {ALIGNMENT_BYTES}")
 
 
 def rows_per_shard(*, n_rows: int, largest_row_bytes: int, files_per_shard: int) -> int:

@@ -10,7 +10,7 @@ Layout: https://github.com/apache/parquet-format/blob/master/src/main/thrift/par
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,8 +38,11 @@ class Page:
     """With nulls and the elements of lists; Arrow reads no more."""
 
 
-def pages(path: Path, *, n_columns: int, n_rows: int) -> Iterator[Page]:
-    """Every page of a file with so many leaves and rows; `ValueError` where it is damaged."""
+def pages(path: Path, *, n_columns: int, n_rows: int, chosen: Collection[int]) -> Iterator[Page]:
+    """Every page of the chosen leaves, of a file with so many leaves and rows.
+
+    Raises `ValueError` where it is damaged.
+    """
     n_bytes = path.stat().st_size
     with path.open("rb") as file:
         groups = _row_groups(file, n_bytes)
@@ -56,7 +59,8 @@ def pages(path: Path, *, n_columns: int, n_rows: int) -> Iterator[Page]:
                 n_left -= stop - start
                 if stop > n_bytes or n_left < 0:
                     raise ValueError("a column lies outside the file")
-                yield from _pages_between(file, start, stop, index)
+                if index in chosen:
+                    yield from _pages_between(file, start, stop, index)
 
 
 def _row_groups(file: BinaryIO, n_bytes: int) -> list[dict[int, Any]]:

@@ -17,10 +17,8 @@ from patchbank.pipeline.bank.writer import RowDigest
 
 @dataclass(frozen=True)
 class RowFacts:
-    """What is known of one row after it has been written."""
+    """What is known of one row besides its tokens."""
 
-    digests: Mapping[str, RowDigest]
-    """By `TokenArray.column_suffix`."""
     small: Mapping[str, Shaped[np.ndarray, ...]]
     """Values of the small arrays, by `SmallArray.path`: of a failed row 0 patches and NaN."""
     audio_sha256: str | None
@@ -33,8 +31,16 @@ def part_path(shard: int) -> str:
     return f"parts/{shard:05d}.parquet"
 
 
-def part_table(clips: pa.Table, facts: Sequence[RowFacts], schema: BankSchema) -> pa.Table:
-    """One row a clip: the clip table's columns, the row's facts, and its small values."""
+def part_table(
+    clips: pa.Table,
+    facts: Sequence[RowFacts],
+    digests: Mapping[str, Sequence[RowDigest]],
+    schema: BankSchema,
+) -> pa.Table:
+    """One row a clip: the clip table's columns, the row's facts, and its small values.
+
+    `digests` of the rows by `TokenArray.column_suffix`.
+    """
     columns: dict[str, pa.Array | pa.ChunkedArray] = {
         name: clips[name] for name in ("clip_id", "view", "path", "start_s", "duration_s")
     }
@@ -43,7 +49,7 @@ def part_table(clips: pa.Table, facts: Sequence[RowFacts], schema: BankSchema) -
         "status": pa.array([FAILED if fact.failure else DONE for fact in facts], pa.int8()),
         "reason": pa.array([fact.failure for fact in facts], pa.string()),
     }
-    columns |= _digest_columns(facts, schema)
+    columns |= _digest_columns(digests, schema)
     for name in clips.column_names:
         columns.setdefault(name, clips[name])
     for array in schema.small_arrays():
@@ -51,12 +57,13 @@ def part_table(clips: pa.Table, facts: Sequence[RowFacts], schema: BankSchema) -
     return pa.table(columns)
 
 
-def _digest_columns(facts: Sequence[RowFacts], schema: BankSchema) -> dict[str, pa.Array]:
+def _digest_columns(
+    digests: Mapping[str, Sequence[RowDigest]], schema: BankSchema
+) -> dict[str, pa.Array]:
     columns = {}
-    for array in schema.arrays():
-        digests = [fact.digests[array.column_suffix] for fact in facts]
-        columns[f"sha256_{array.column_suffix}"] = pa.array([d.sha256 for d in digests])
-        columns[f"crc32c_{array.column_suffix}"] = pa.array([d.crc32c for d in digests], "uint32")
+    for suffix in (array.column_suffix for array in schema.arrays()):
+        columns[f"sha256_{suffix}"] = pa.array([d.sha256 for d in digests[suffix]])
+        columns[f"crc32c_{suffix}"] = pa.array([d.crc32c for d in digests[suffix]], "uint32")
     return columns
 
 

@@ -5,23 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32, Int32, Int64, Shaped
+from jaxtyping import Float32, Int32, Shaped
 
-from patchbank.pipeline.bank.archive import archive_bytes, archive_spans
+from patchbank.pipeline.bank.archive import archive_bytes
 from patchbank.pipeline.bank.assembly import CLIPS
 from patchbank.pipeline.bank.card import checked_schema, read_attributes
-from patchbank.pipeline.bank.clip_table import read_clips
-from patchbank.pipeline.bank.layout import parse_index
+from patchbank.pipeline.bank.clip_table import read_clips, read_status
+from patchbank.pipeline.bank.places import ADVICE as ADVICE
+from patchbank.pipeline.bank.places import RowPlaces as RowPlaces
+from patchbank.pipeline.bank.places import read_places
 from patchbank.pipeline.bank.quantised import ChannelConstants, load_constants
 from patchbank.pipeline.bank.schema import (
-    DONE,
-    FAILED,
     FORMAT_VERSION,
     SMALL_CHUNK_ROWS,
     BankSchema,
@@ -32,24 +31,6 @@ from patchbank.pipeline.bank.seal_record import SEAL, Seal, read_seal, seal_byte
 from patchbank.pipeline.bank.writer import hash_file
 from patchbank.pipeline.errors import BankCorrupt, BankError
 from patchbank.pipeline.specs import Json
-
-ADVICE = "pull the bank again, or remove it and extract"
-
-
-@dataclass(frozen=True)
-class RowPlaces:
-    """Where the rows of one array lie: row i is `length[i]` bytes at `offset[i]` of its file."""
-
-    array: TokenArray
-    files: tuple[Path, ...]
-    rows_per_shard: int
-    offset: Int64[np.ndarray, " row"]
-    """-1 for holes, which are rows without a clip."""
-    length: Int64[np.ndarray, " row"]
-    """`row_bytes`, but for the compressed rows of an archive."""
-
-    def shard_of(self, row: int) -> int:
-        return row // self.rows_per_shard
 
 
 class Bank:
@@ -108,10 +89,13 @@ class Bank:
                 f"{self.path} has grown or was made anew since it was opened; open it again"
             ) from error
 
-    @property
+    @cached_property
     def status(self) -> Int32[np.ndarray, " row"]:
-        """1 done, 2 failed, 3 hole."""
-        return np.asarray(self.clips["status"]).astype(np.int32)
+        """1 done, 2 failed, 3 hole; of all columns of `clips` only this one is read."""
+        with self._as_opened():
+            status = read_status(self.path / CLIPS, self.schema)
+        status.flags.writeable = False
+        return status
 
     def resolve_layer(self, layer: int | None) -> int:
         """`layer`, or the last one where None; `BankError` where the bank lacks it."""
@@ -183,8 +167,8 @@ class Bank:
     def places(self, layer: int, kind: str = "patches") -> RowPlaces:
         """Where all rows lie, from the shards' indices: `row_bytes` bytes each.
 
-        Raises `BankCorrupt` where an index is damaged or a row that the clips promise is missing,
-        `BankError` for an archive, whose rows are compressed.
+        Raises `BankCorrupt` where an index is damaged or the row of a clip is missing, `BankError`
+        for an archive, whose rows are compressed.
         """
         if self.schema.is_archive:
             raise BankError(
@@ -195,40 +179,7 @@ class Bank:
 
     def stored_places(self, layer: int, kind: str = "patches") -> RowPlaces:
         """`places`, of an archive too: where its compressed rows lie."""
-        array = self.array(layer, kind)
-        shards = range(self.schema.n_shards)
-        offset = np.full(self.n_rows, -1, np.int64)
-        length = np.zeros(self.n_rows, np.int64)
-        for shard in shards:
-            rows = self.schema.rows_of(shard)
-            spans = self._shard_spans(array, shard)[: len(rows)]
-            offset[rows.start : rows.stop] = spans[:, 0]
-            length[rows.start : rows.stop] = spans[:, 1]
-        promised = np.isin(self.status, (DONE, FAILED))
-        missing = promised & (offset < 0)
-        if missing.any():
-            row = int(np.argmax(missing))
-            name = array.shard_path(row // self.schema.rows_per_shard)
-            raise BankCorrupt(f"{self.path}: shard {name}: row {row} is missing; {ADVICE}")
-        files = tuple(self.path / array.shard_path(shard) for shard in shards)
-        return RowPlaces(array, files, self.schema.rows_per_shard, offset, length)
-
-    def _shard_spans(self, array: TokenArray, shard: int) -> Int64[np.ndarray, "slot 2"]:
-        """Offset and length of each slot's row; -1 and 0 for empty ones."""
-        name = array.shard_path(shard)
-        layout = array.layout(self.schema.rows_per_shard)
-        try:
-            with (self.path / name).open("rb") as file:
-                size = file.seek(0, 2)
-                file.seek(max(0, size - layout.index_bytes))
-                # Never more than there is: the card may claim any number of slots.
-                tail = file.read(min(size, layout.index_bytes))
-        except OSError as error:
-            raise BankCorrupt(f"{self.path}: shard {name}: {error.strerror}; {ADVICE}") from error
-        if self.schema.is_archive:
-            return archive_spans(tail, layout, file_bytes=size, name=name)
-        offsets = parse_index(tail, layout, file_bytes=size, name=name)
-        return np.stack([offsets, np.where(offsets < 0, 0, array.row_bytes)], 1)
+        return read_places(self.path, self.schema, self.array(layer, kind))
 
     def check_files(self) -> None:
         """Compares every sealed file's size; `BankCorrupt` names the first that differs."""

@@ -13,7 +13,8 @@ from jaxtyping import Float32, Shaped
 from patchbank.pipeline.bank.archive import decompress
 from patchbank.pipeline.bank.identity import digest_columns
 from patchbank.pipeline.bank.layout import crc32c
-from patchbank.pipeline.bank.reader import ADVICE, Bank, RowPlaces
+from patchbank.pipeline.bank.places import ADVICE, RowPlaces
+from patchbank.pipeline.bank.reader import Bank
 from patchbank.pipeline.bank.schema import BankSchema, SmallArray, TokenArray
 from patchbank.pipeline.errors import BankCorrupt
 

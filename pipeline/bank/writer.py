@@ -1,20 +1,31 @@
 """Streams the rows of one shard to their files, and keeps what the shard's records need.
 
-Memory is one row an array: a row is written, hashed and forgotten. zarr-python's sharded writer is
-3-6 times slower than the disk (it concatenates the shard per inner chunk,
+Rows are copied into a small ring of blocks; threads write a block past the page cache while others
+hash it. Memory is the ring, and speed that of the disk or of SHA-256, whichever is less: a core
+hashes 1-2 GiB/s, and every byte twice, as part of its row and of its file. zarr-python's sharded
+writer is 3-6 times slower than the disk (it concatenates the shard per inner chunk,
 zarr-developers/zarr-python#3560), so the files are written here and checked against it in tests.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from patchbank.pipeline.bank.blocks import Block, BlockRing
 from patchbank.pipeline.bank.layout import ShardLayout, crc32c, encode_index
+
+BLOCK_BYTES = 2**20
+"""About how much is written at once: whole rows, at least one."""
+BLOCKS_PER_FILE = 4
+NOT_DIRECT = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What a file system without O_DIRECT answers."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +43,15 @@ class FileRecord:
     path: str
     size: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class FinishedFile:
+    """A shard file that is written and flushed."""
+
+    record: FileRecord
+    digests: tuple[RowDigest, ...]
+    """Of its rows, in order."""
 
 
 def fsync_folder(folder: Path) -> None:
@@ -70,49 +90,138 @@ def hash_file(path: Path, *, relative_to: Path) -> FileRecord:
     return FileRecord(path.relative_to(relative_to).as_posix(), path.stat().st_size, sha256)
 
 
-class ShardFileWriter:
-    """Writes one shard file, row by row in order; a context manager."""
+def writer_threads() -> ThreadPoolExecutor:
+    """Threads for all writers of a process: as many hash as there are cores, others are writing."""
+    return ThreadPoolExecutor(min(16, 2 + (os.cpu_count() or 1)), thread_name_prefix="write")
 
-    def __init__(self, path: Path, layout: ShardLayout, *, n_rows: int, name: str) -> None:
+
+class ShardFileWriter:
+    """Writes one shard file, row by row in order; a context manager.
+
+    `threads` may serve any number of writers. What fails in them is raised by the next call here.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        layout: ShardLayout,
+        *,
+        n_rows: int,
+        name: str,
+        threads: ThreadPoolExecutor,
+    ) -> None:
         self._layout, self._n_rows, self._name = layout, n_rows, name
-        self._padding = bytes(layout.row_stride_bytes - layout.row_bytes)
-        self._hash = hashlib.sha256()
         self._n_written = 0
+        self._digests: dict[int, RowDigest] = {}
+        self._hash = hashlib.sha256()
+        self._ring = _ring(layout, n_rows, threads)
+        self._block: Block | None = None
         path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
             # A full disk shows here, before the encoder has worked for the shard.
             os.posix_fallocate(self._descriptor, 0, layout.file_bytes(n_rows))
+            self._direct = _open_direct(path)
         except BaseException:
             os.close(self._descriptor)
             raise
+        self._is_direct = self._direct is not None
 
-    def write_row(self, row: np.ndarray) -> RowDigest:
-        """Appends one row, shape (token, dim) in the stored dtype."""
-        data = np.ascontiguousarray(row).data.cast("B")
-        if len(data) != self._layout.row_bytes:
-            raise ValueError(f"a row has {self._layout.row_bytes} bytes, found {len(data)}")
-        self._write([data, memoryview(self._padding)])
+    @property
+    def is_direct(self) -> bool:
+        """Whether rows go past the page cache; a file system may refuse that at the first block."""
+        return self._is_direct
+
+    @property
+    def ring_bytes(self) -> int:
+        """Memory for rows, however many there are."""
+        return self._ring.n_bytes
+
+    def write_row(self, row: np.ndarray) -> None:
+        """Appends a copy of one row, shape (token, dim) in the stored dtype.
+
+        Waits while as many rows as the ring holds are on their way.
+        """
+        if row.nbytes != self._layout.row_bytes:
+            raise ValueError(f"a row has {self._layout.row_bytes} bytes, found {row.nbytes}")
+        if self._n_written == self._n_rows:
+            raise ValueError(f"all {self._n_rows} rows were written, found one more")
+        self._ring.check()
+        block = self._block or self._ring.take(self._n_written)
+        block.append(row)
         self._n_written += 1
-        return RowDigest(hashlib.sha256(data).hexdigest(), crc32c(data))
+        is_last = self._n_written == self._n_rows
+        self._block = None if block.is_full or is_last else block
+        if self._block is None:
+            self._ring.hand_over(block, [self._write, self._digest], in_order=self._add_to_hash)
 
-    def _write(self, parts: list[memoryview]) -> None:
-        for part in parts:
-            self._hash.update(part)
-            while part:
-                part = part[os.write(self._descriptor, part) :]
+    def _write(self, block: Block) -> None:
+        offset = block.rows.start * self._layout.row_stride_bytes
+        if self._is_direct:
+            assert self._direct is not None
+            try:
+                _write_at(self._direct, block.data(), offset)
+                return
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._is_direct = False
+        _write_at(self._descriptor, block.data(), offset)
 
-    def finish(self) -> FileRecord:
-        """Writes the index, flushes, and returns the file's record."""
+    def _digest(self, block: Block) -> None:
+        for row in block.rows:
+            data = block.row(row, self._layout.row_bytes)
+            self._digests[row] = RowDigest(hashlib.sha256(data).hexdigest(), crc32c(data))
+
+    def _add_to_hash(self, block: Block) -> None:
+        self._hash.update(block.data())
+
+    def finish(self) -> FinishedFile:
+        """Waits for the rows, writes the index, and flushes."""
         if self._n_written != self._n_rows:
             raise ValueError(f"{self._n_written} of {self._n_rows} rows were written")
-        self._write([memoryview(encode_index(self._layout, self._n_rows))])
-        os.fsync(self._descriptor)
+        self._ring.wait()
+        index = encode_index(self._layout, self._n_rows)
         size = self._layout.file_bytes(self._n_rows)
-        return FileRecord(self._name, size, self._hash.hexdigest())
+        # The index is no multiple of a page, so that O_DIRECT does not take it.
+        _write_at(self._descriptor, memoryview(index), size - len(index))
+        os.fsync(self._descriptor)
+        whole = self._hash.copy()
+        whole.update(index)
+        record = FileRecord(self._name, size, whole.hexdigest())
+        return FinishedFile(record, tuple(self._digests[row] for row in range(self._n_rows)))
 
     def __enter__(self) -> ShardFileWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
+        # No job may write to a descriptor that is closed, and may be another file's by then.
+        self._ring.close()
         os.close(self._descriptor)
+        if self._direct is not None:
+            os.close(self._direct)
+
+
+def _ring(layout: ShardLayout, n_rows: int, threads: ThreadPoolExecutor) -> BlockRing:
+    n_slots = max(1, min(n_rows, BLOCK_BYTES // layout.row_stride_bytes))
+    n_blocks = max(1, min(BLOCKS_PER_FILE, -(-n_rows // n_slots)))
+    return BlockRing(n_blocks, n_slots=n_slots, slot_bytes=layout.row_stride_bytes, threads=threads)
+
+
+def _open_direct(path: Path) -> int | None:
+    """A descriptor that writes past the page cache, where the file system has it."""
+    flag = getattr(os, "O_DIRECT", None)
+    if flag is None:
+        return None
+    try:
+        return os.open(path, os.O_WRONLY | flag)
+    except OSError as error:
+        if error.errno not in NOT_DIRECT:
+            raise
+        return None
+
+
+def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        n_bytes = os.pwrite(descriptor, data, offset)
+        data, offset = data[n_bytes:], offset + n_bytes

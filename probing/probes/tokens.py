@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from patchbank.pipeline.errors import TrialError
-from patchbank.probing.loader import Batch
+from patchbank.probing.batch import Batch
 
 
 class Buffers:
@@ -72,9 +72,11 @@ class Tokens:
 
 
 def convert(batch: Batch, *, dtype: torch.dtype, device: torch.device, buffers: Buffers) -> Tokens:
-    """The tokens of `batch` in `dtype` on `device`, valid until the next call."""
-    patches = buffers.take("patches", tuple(batch.patches.shape), dtype=dtype, device=device)
-    patches.copy_(batch.patches, non_blocking=True)
+    """The tokens of `batch` in `dtype` on `device`, valid until the next batch."""
+    patches = batch.patches
+    if (patches.dtype, patches.device) != (dtype, device):
+        converted = buffers.take("patches", tuple(patches.shape), dtype=dtype, device=device)
+        patches = converted.copy_(patches, non_blocking=True)
     prefix = None if batch.prefix is None else batch.prefix.to(device, dtype)
     n_patches = batch.n_patches
     if n_patches is not None:

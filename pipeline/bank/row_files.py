@@ -1,0 +1,228 @@
+"""Reads rows of shard files into memory that is used again, through the page cache or past it.
+
+A row lies in memory as it lies in its file, padded to `row_stride_bytes`, so that a direct read
+needs no copy and neighbours in a file come with one system call.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int64, Integer, UInt8
+
+from patchbank.pipeline.bank.layout import ALIGNMENT_BYTES
+from patchbank.pipeline.bank.memory import aligned_memory
+from patchbank.pipeline.bank.reader import ADVICE, RowPlaces
+from patchbank.pipeline.errors import BankCorrupt, BankError
+
+O_DIRECT: int = getattr(os, "O_DIRECT", 0)
+MOST_OPEN_FILES = 512
+"""Of one array; half of the usual limit of a process, and a bank may have 18,000 shards."""
+RowMemory = UInt8[np.ndarray, "slot byte"]
+"""Rows in their padded form, each `row_stride_bytes` long; begins on a page for direct reads."""
+
+
+class RowFiles:
+    """The rows of one array, read by any number of threads, also after a fork.
+
+    `direct` reads with O_DIRECT, past the page cache: right for what does not fit into memory. The
+    caller finds out with `reads_directly` whether the file system can.
+    """
+
+    def __init__(
+        self, places: RowPlaces, *, direct: bool, most_open: int = MOST_OPEN_FILES
+    ) -> None:
+        layout = places.array.layout(places.rows_per_shard)
+        self.stride = layout.row_stride_bytes
+        self._places = places
+        flags = os.O_RDONLY | (O_DIRECT if direct else 0)
+        self._descriptors = _Descriptors(places.files, flags, most=most_open)
+
+    def read(
+        self, rows: Integer[np.ndarray, " row"], into: RowMemory, at: Integer[np.ndarray, " row"]
+    ) -> None:
+        """Reads `rows[i]` to `into[at[i]]`.
+
+        Raises `BankError` for a hole, `BankCorrupt` where a file is gone or has been cut since the
+        bank was opened.
+        """
+        check_present(self._places, rows)
+        offset, shard = self._places.offset[rows], rows // self._places.rows_per_shard
+        for start, stop in _runs(shard, offset, at, self.stride):
+            memory = into[at[start] : at[start] + stop - start].data.cast("B")
+            self._read_run(int(shard[start]), int(offset[start]), memory)
+
+    def _read_run(self, shard: int, offset: int, memory: memoryview) -> None:
+        path = self._places.files[shard]
+        try:
+            with self._descriptors.borrow(shard) as descriptor:
+                while memory:
+                    n_read = os.preadv(descriptor, [memory], offset)
+                    if n_read == 0:
+                        raise BankCorrupt(
+                            f"{path} ends at byte {offset}; it was cut after the bank was "
+                            f"opened; {ADVICE}"
+                        )
+                    memory, offset = memory[n_read:], offset + n_read
+        except OSError as error:
+            raise BankCorrupt(f"{path}: {error.strerror}; {ADVICE}") from error
+
+    def close(self) -> None:
+        """Closes the files; reading opens them again."""
+        self._descriptors.close()
+
+
+def check_present(places: RowPlaces, rows: Integer[np.ndarray, " row"]) -> None:
+    """`BankError` for a row that is a hole."""
+    is_hole = places.offset[rows] < 0
+    if is_hole.any():
+        raise BankError(f"row {int(rows[np.argmax(is_hole)])} has no tokens: it is a hole")
+
+
+def _runs(
+    shard: Integer[np.ndarray, " row"],
+    offset: Int64[np.ndarray, " row"],
+    at: Integer[np.ndarray, " row"],
+    stride: int,
+) -> Iterator[tuple[int, int]]:
+    """Spans of rows that follow each other in a file and in memory."""
+    follows = (np.diff(shard) == 0) & (np.diff(offset) == stride) & (np.diff(at) == 1)
+    cuts = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(shard)]
+    return pairwise(cuts) if len(shard) else iter(())
+
+
+def reads_directly(places: RowPlaces) -> bool:
+    """Whether the first row that there is can be read with O_DIRECT."""
+    present = np.flatnonzero(places.offset >= 0)
+    if not O_DIRECT or not len(present):
+        return False
+    files = RowFiles(places, direct=True)
+    page = aligned_memory(ALIGNMENT_BYTES).data
+    try:
+        first = int(present[0])
+        with files._descriptors.borrow(places.shard_of(first)) as descriptor:
+            return os.preadv(descriptor, [page], int(places.offset[first])) > 0
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EPERM):
+            return False
+        raise BankCorrupt(f"{places.files[0]}: {error.strerror}; {ADVICE}") from error
+    finally:
+        files.close()
+
+
+def resident_share(
+    places: RowPlaces, rows: Integer[np.ndarray, " row"], generator: np.random.Generator
+) -> float | None:
+    """How much of `rows` the page cache holds, from a page of each; None where nobody says.
+
+    A page that is not there is not waited for; but Linux fetches it then, so that `generator`
+    should give another page at another time.
+    """
+    n_found, page = 0, bytearray(ALIGNMENT_BYTES)
+    no_wait = getattr(os, "RWF_NOWAIT", 0)
+    if not no_wait or not len(rows):
+        return None
+    files = _Descriptors(places.files, os.O_RDONLY, most=MOST_OPEN_FILES)
+    try:
+        for row in rows.tolist():
+            page_number = generator.integers(-(-places.array.row_bytes // ALIGNMENT_BYTES))
+            offset = int(places.offset[row] + page_number * ALIGNMENT_BYTES)
+            with files.borrow(places.shard_of(row)) as descriptor, suppress(BlockingIOError):
+                n_found += bool(os.preadv(descriptor, [page], offset, no_wait))
+    except OSError:
+        return None
+    finally:
+        files.close()
+    return n_found / len(rows)
+
+
+@dataclass
+class _OpenFile:
+    descriptor: int
+    n_readers: int = 0
+
+
+class _Descriptors:
+    """Files that are opened when they are first read, the latest of which stay open.
+
+    Reads name their offset, so that threads, and processes after a fork, share a descriptor.
+    """
+
+    def __init__(self, paths: Sequence[Path], flags: int, *, most: int) -> None:
+        self._paths, self._flags, self._most = paths, flags, most
+        self._open: OrderedDict[int, _OpenFile] = OrderedDict()
+        self._lock = threading.Lock()
+        weakref.finalize(self, _close_all, self._open)
+        _LIVE.add(self)
+
+    @contextmanager
+    def borrow(self, number: int) -> Iterator[int]:
+        """The descriptor of a file, which stays open meanwhile."""
+        with self._lock:
+            file = self._open.get(number)
+            if file is None:
+                file = self._open[number] = _OpenFile(os.open(self._paths[number], self._flags))
+                self._advise(file.descriptor)
+                self._close_idle()
+            self._open.move_to_end(number)
+            file.n_readers += 1
+        try:
+            yield file.descriptor
+        finally:
+            with self._lock:
+                file.n_readers -= 1
+
+    def _advise(self, descriptor: int) -> None:
+        if not self._flags & O_DIRECT:
+            # A row is read whole, and the next one lies elsewhere: read-ahead would be wasted.
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def _close_idle(self) -> None:
+        idle = [number for number, file in self._open.items() if not file.n_readers]
+        for number in idle[: max(0, len(self._open) - self._most)]:
+            if number != next(reversed(self._open)):
+                os.close(self._open.pop(number).descriptor)
+
+    def close(self) -> None:
+        """Closes every file that nobody reads."""
+        with self._lock:
+            for number in [number for number, file in self._open.items() if not file.n_readers]:
+                os.close(self._open.pop(number).descriptor)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_paths": self._paths, "_flags": self._flags, "_most": self._most}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__init__(state["_paths"], state["_flags"], most=state["_most"])  # type: ignore[misc]
+
+    def _after_fork(self) -> None:
+        # The parent's readers are not here, and one may have held the lock.
+        self._lock = threading.Lock()
+        for file in self._open.values():
+            file.n_readers = 0
+
+
+def _close_all(files: OrderedDict[int, _OpenFile]) -> None:
+    while files:
+        os.close(files.popitem()[1].descriptor)
+
+
+_LIVE: weakref.WeakSet[_Descriptors] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for descriptors in list(_LIVE):
+        descriptors._after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

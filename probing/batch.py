@@ -1,0 +1,152 @@
+"""What a loader hands out: the tokens of some rows, of one layer or several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from patchbank.pipeline.errors import BankError
+from patchbank.probing.plan import BatchRows
+
+Rows = Int[np.ndarray, " clip"]
+NO_LAYER = 0
+"""The layer of tokens that come from no bank; a bank's layers count from 1."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTokens:
+    """The tokens of one layer in a batch, on the loader's device."""
+
+    raw: Shaped[Tensor, "clip patch width"] | None = None
+    """Patches as the bank stores them: floats, int8 codes, or two int4 codes a byte."""
+    prefix: Float[Tensor, "clip prefix dim"] | None = None
+    n_patches: Int[Tensor, " clip"] | None = None
+    """Patches that count, the first of each clip; None where all do."""
+    pooled: Mapping[str, Float[Tensor, "clip dim"]] = field(default_factory=dict)
+    """The stored mean, max or min over patches, where the loader was asked for them."""
+    decode: Callable[[], Float[Tensor, "clip patch dim"]] | None = None
+    """Gives the floats of quantised tokens."""
+
+    @cached_property
+    def patches(self) -> Float[Tensor, "clip patch dim"]:
+        """Floats in the bank's stored type, float32 where it is quantised.
+
+        Quantised tokens are dequantised when this is first asked for, where they lie.
+        """
+        if self.decode is not None:
+            return self.decode()
+        if self.raw is None:
+            raise BankError('the batch holds no patches; ask the loader for arrays=("patches",)')
+        return self.raw
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Tokens of some rows; valid until the next batch, and not to be written into.
+
+    The tensors may be views of mapped files or of a slot that the next batch overwrites. What
+    belongs to a layer is `batch[layer]`; where there is one layer, the batch itself says it too.
+    """
+
+    rows: Rows
+    layers: Mapping[int, LayerTokens]
+    epoch: int = 0
+    index: int = 0
+    """Place in the epoch, from 0."""
+
+    @classmethod
+    def of(
+        cls,
+        rows: Rows,
+        patches: Float[Tensor, "clip patch dim"],
+        prefix: Float[Tensor, "clip prefix dim"] | None = None,
+        n_patches: Int[Tensor, " clip"] | None = None,
+    ) -> Batch:
+        """Tokens of one layer that are floats already."""
+        return cls(rows, {NO_LAYER: LayerTokens(patches, prefix, n_patches)})
+
+    def __getitem__(self, layer: int) -> LayerTokens:
+        if layer not in self.layers:
+            raise BankError(f"the batch has no layer {layer}; it has {list(self.layers)}")
+        return self.layers[layer]
+
+    @property
+    def _only(self) -> LayerTokens:
+        if len(self.layers) != 1:
+            last = list(self.layers)[-1]
+            raise BankError(
+                f"the batch holds layers {list(self.layers)}; say which, as in "
+                f"batch[{last}].patches"
+            )
+        return next(iter(self.layers.values()))
+
+    @property
+    def patches(self) -> Float[Tensor, "clip patch dim"]:
+        """`LayerTokens.patches` of the only layer; `BankError` where there are several."""
+        return self._only.patches
+
+    @property
+    def raw(self) -> Shaped[Tensor, "clip patch width"] | None:
+        """`LayerTokens.raw` of the only layer."""
+        return self._only.raw
+
+    @property
+    def prefix(self) -> Float[Tensor, "clip prefix dim"] | None:
+        """`LayerTokens.prefix` of the only layer."""
+        return self._only.prefix
+
+    @property
+    def n_patches(self) -> Int[Tensor, " clip"] | None:
+        """`LayerTokens.n_patches` of the only layer."""
+        return self._only.n_patches
+
+    @property
+    def pooled(self) -> Mapping[str, Float[Tensor, "clip dim"]]:
+        """`LayerTokens.pooled` of the only layer."""
+        return self._only.pooled
+
+
+@runtime_checkable
+class TokenSource(Protocol):
+    """Something that hands out the tokens of rows, in the order it is asked."""
+
+    n_rows: int
+    n_patches: int
+    """Patches in a row."""
+    dim: int
+    n_prefix: int
+
+    def read(self, batches: Iterable[BatchRows]) -> Iterator[Batch]:
+        """One `Batch` for each array of rows, in order."""
+        ...
+
+
+class ArraySource:
+    """Tokens that already lie in memory."""
+
+    def __init__(
+        self,
+        patches: Float[Tensor, "clip patch dim"],
+        prefix: Float[Tensor, "clip prefix dim"] | None = None,
+        n_patches: Int[Tensor, " clip"] | None = None,
+    ) -> None:
+        self.n_rows, self.n_patches, self.dim = patches.shape
+        self.n_prefix = 0 if prefix is None else prefix.shape[1]
+        self._patches, self._prefix, self._counts = patches, prefix, n_patches
+
+    def read(self, batches: Iterable[BatchRows]) -> Iterator[Batch]:
+        for rows in batches:
+            index = torch.from_numpy(np.asarray(rows, dtype=np.int64))
+            yield Batch.of(
+                rows,
+                self._patches[index],
+                None if self._prefix is None else self._prefix[index],
+                None if self._counts is None else self._counts[index],
+            )

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from audio_sets import write_clip_set
+from fake_bank import SETTINGS
+
+from patchbank.pipeline.bank import Bank, open_bank
+from patchbank.pipeline.bank.reader import RowPlaces
+from patchbank.pipeline.bank.row_files import reads_directly, resident_share
+from patchbank.pipeline.extraction import extract
+from patchbank.probing import BatchLoader, tiers
+from patchbank.probing.tiers import TierFacts, choose_tier, free_memory_bytes, look_at
+
+LARGE = TierFacts(n_bytes=100 * 2**30, free_bytes=64 * 2**30, is_direct_faster=True)
+MEDIUM = replace(LARGE, n_bytes=2**30)
+
+
+@pytest.fixture(scope="module")
+def bank(tmp_path_factory: pytest.TempPathFactory) -> Bank:
+    folder = tmp_path_factory.mktemp("tiers")
+    table = write_clip_set(folder / "set", n_clips=40)
+    return extract(table, encoder="fake", out=folder / "x.bank", settings=SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        (LARGE, "direct: 100.0 GiB do not fit into half of 64.0 GiB of free memory"),
+        (
+            replace(LARGE, is_direct_faster=False),
+            "read: 100.0 GiB do not fit into half of 64.0 GiB of free memory, and O_DIRECT is "
+            "slower here",
+        ),
+        (
+            replace(LARGE, is_direct_faster=None),
+            "read: 100.0 GiB do not fit into half of 64.0 GiB of free memory, and O_DIRECT is not "
+            "to be had here",
+        ),
+        (replace(LARGE, resident_share=0.2), "direct: 100.0 GiB do not fit into half of 64.0 GiB"),
+        (MEDIUM, "ram: 1.0 GiB fit into half of 64.0 GiB of free memory"),
+        (replace(MEDIUM, resident_share=0.95), "read: the page cache holds 95% of 1.0 GiB already"),
+        (replace(MEDIUM, reads_once=True), "direct: 1.0 GiB are read once"),
+        (
+            replace(MEDIUM, reads_once=True, resident_share=1.0),
+            "read: the page cache holds 100% of 1.0 GiB already",
+        ),
+        (replace(MEDIUM, n_bytes=2**20, resident_share=1.0), "ram: 1 MiB are little"),
+        (replace(MEDIUM, n_bytes=2**20, reads_once=True), "direct: 1 MiB are read once"),
+        (replace(MEDIUM, free_bytes=0), "direct: 1.0 GiB do not fit into half of 0 MiB"),
+        (
+            replace(MEDIUM, free_device_bytes=2 * 2**30),
+            "device: 1.0 GiB fit into half of 2.0 GiB on the GPU",
+        ),
+        (replace(MEDIUM, free_device_bytes=2**30), "ram: 1.0 GiB fit into half of 64.0 GiB"),
+        (replace(MEDIUM, n_bytes=0, free_device_bytes=2**30), "ram: 0 MiB are little"),
+    ],
+)
+def test_auto_chooses_by_size_memory_and_disk_and_says_why(facts: TierFacts, said: str) -> None:
+    assert str(choose_tier(facts)).startswith(said)
+
+
+def test_a_loader_says_what_it_chose(bank: Bank) -> None:
+    assert str(BatchLoader(bank).choice) == "ram: 0 MiB are little"
+    assert str(BatchLoader(bank, tier="map").choice) == "map: as asked"
+
+
+def test_a_bank_larger_than_memory_is_looked_at_on_the_disk(
+    bank: Bank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiers, "free_memory_bytes", lambda: 2**10)
+    monkeypatch.setattr(tiers, "SMALL_BYTES", 0)
+    places = bank.places(1)
+    evict(places.files)
+    facts = look_at([places], np.arange(40))
+    assert facts.n_bytes == 40 * 4_096
+    assert facts.resident_share == 0.0
+    assert facts.is_direct_faster in ((True, False) if reads_directly(places) else (None,))
+    assert BatchLoader(bank, layer=1).choice.tier in ("direct", "read")
+    assert sum(len(batch.rows) for batch in BatchLoader(bank, layer=1)) == 40
+
+
+def fresh_places(bank: Bank, copy: Path) -> RowPlaces:
+    """The rows of a copy that nobody has read; what is being fetched cannot be put out."""
+    shutil.copytree(bank.path, copy)
+    places = open_bank(copy).places(1)
+    evict(places.files)
+    return places
+
+
+def evict(files: tuple[Path, ...]) -> None:
+    """Puts files out of the page cache."""
+    for path in files:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def test_pages_that_are_in_memory_are_counted_without_reading_others(
+    bank: Bank, tmp_path: Path
+) -> None:
+    places = fresh_places(bank, tmp_path / "1.bank")
+    rows, generator = np.arange(40), np.random.default_rng(0)
+    assert resident_share(places, rows[::2], generator) == 0.0
+    assert resident_share(places, rows[1::2], generator) == 0.0  # the others were not fetched
+    places = fresh_places(bank, tmp_path / "2.bank")
+    places.files[1].read_bytes()
+    assert resident_share(places, rows, generator) == 16 / 40
+    for path in places.files:
+        path.read_bytes()
+    assert resident_share(places, rows, generator) == 1.0
+    assert resident_share(places, rows[:0], generator) is None
+
+
+def test_free_memory_is_known_here() -> None:
+    assert 2**20 < free_memory_bytes() < 2**50
