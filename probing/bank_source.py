@@ -267,7 +267,7 @@ def _layer_tokens(values: Mapping[str, Tensor], dequantise: Dequantiser | None) 
 def _n_threads(tier: Tier) -> int:
     """Reads that wait for the disk: more than there are processors; copies: no more."""
     n_cpus = os.cpu_count() or 1
-    return min(16, max(4, 2 * n_cpus)) if tier == "direct" else min(4, max(2, n_cpus))
+    return min(16, max(4, 2 * n_cpus)) if tier in ("direct", "ram") else min(4, max(2, n_cpus))
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -11,6 +11,7 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import patchbank.pipeline.bank.places as places_module
 from patchbank.pipeline.bank.layout import (
     MISSING,
     ShardLayout,
@@ -26,7 +27,7 @@ from patchbank.pipeline.specs import Grid, LayerSpec
 
 N_SLOTS = 16
 N_SHARDS = 3 * SHARDS_AT_ONCE + 5
-"""More than are read at once, so that threads read them."""
+"""More than are read at once, so that threads may read them."""
 SHAPE = (3, 10)
 ROW_BYTES, PAGE, INDEX_BYTES = 60, 4_096, 260
 
@@ -112,6 +113,12 @@ def test_many_indices_are_read_as_each_alone(n_shards: int, n_slots: int, seed: 
     np.testing.assert_array_equal(found, np.stack(alone))
 
 
+@pytest.fixture(params=[0.0, float("inf")], ids=["in threads", "alone"])
+def waiting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the disk is so slow that threads are worth it."""
+    monkeypatch.setattr(places_module, "WAITING_S", request.param)
+
+
 @pytest.fixture(scope="module")
 def bank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("banks")
@@ -154,6 +161,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.usefixtures("waiting")
 @pytest.mark.parametrize("shard", [0, SHARDS_AT_ONCE - 1, SHARDS_AT_ONCE, 150, N_SHARDS - 1])
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_in_any_shard_is_named_with_file_and_row(
@@ -174,6 +182,7 @@ def test_damage_in_any_shard_is_named_with_file_and_row(
     assert n_descriptors() == n_open
 
 
+@pytest.mark.usefixtures("waiting")
 def test_of_several_damaged_shards_the_first_is_named(
     bank: Path, schema: BankSchema, array: TokenArray
 ) -> None:
@@ -189,6 +198,7 @@ def test_of_several_damaged_shards_the_first_is_named(
     np.testing.assert_array_equal(read_places(bank, schema, array).offset, usual)
 
 
+@pytest.mark.usefixtures("waiting")
 def test_a_shard_that_cannot_be_read_is_named_among_many(tmp_path: Path) -> None:
     schema = schema_of(20_000)
     array, n_open = write_shards(tmp_path, schema), n_descriptors()
@@ -200,6 +210,7 @@ def test_a_shard_that_cannot_be_read_is_named_among_many(tmp_path: Path) -> None
     assert n_descriptors() == n_open
 
 
+@pytest.mark.usefixtures("waiting")
 def test_rows_of_an_archive_have_lengths_of_their_own(tmp_path: Path) -> None:
     schema = replace(schema_of(N_SHARDS * N_SLOTS - 3), storage="blosc")
     array, generator = write_shards(tmp_path, schema), np.random.default_rng(0)
@@ -214,6 +225,7 @@ def test_rows_of_an_archive_have_lengths_of_their_own(tmp_path: Path) -> None:
     np.testing.assert_array_equal(places.length, lengths.reshape(-1)[: schema.n_rows])
 
 
+@pytest.mark.usefixtures("waiting")
 def test_the_places_of_two_million_rows_cost_no_more_than_their_indices(tmp_path: Path) -> None:
     schema = schema_of(2_000_000, rows_per_shard=2_048)
     array, before = write_shards(tmp_path, schema), n_bytes_read()

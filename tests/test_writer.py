@@ -32,7 +32,6 @@ from patchbank.pipeline.bank.writer import (
     FinishedFile,
     ShardFileWriter,
     hash_file,
-    writer_threads,
 )
 from patchbank.pipeline.specs import Grid, LayerSpec
 
@@ -631,9 +630,3 @@ def test_memory_for_a_disk_begins_on_a_page(n_bytes: int) -> None:
     assert not memory.any()
     memory[:] = 255
     assert memory.all()
-
-
-def test_the_threads_of_a_process_are_more_than_its_cores() -> None:
-    with writer_threads() as threads:
-        names = list(threads.map(lambda _: threading.current_thread().name, range(3)))
-    assert all(name.startswith("write") for name in names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,11 @@ from patchbank.pipeline.errors import BankCorrupt
 
 ADVICE = "pull the bank again, or remove it and extract"
 SHARDS_AT_ONCE = 64
-"""Whose indices are checked together; a bank of no more is read without threads."""
+"""Whose indices are checked together."""
 READ_THREADS = 8
-"""So many disk accesses are waited for at once; where nothing is waited for, one would do."""
+"""So many disk accesses are waited for at once."""
+WAITING_S = 150e-6
+"""A shard that takes longer is waited for; what the page cache holds takes a third of it."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,17 @@ def read_places(bank: Path, schema: BankSchema, array: TokenArray) -> RowPlaces:
                 raise BankCorrupt(f"{bank}: shard {name}: row {row} is missing; {ADVICE}")
 
     shards = range(schema.n_shards)
-    groups = [shards[first : first + SHARDS_AT_ONCE] for first in shards[::SHARDS_AT_ONCE]]
-    if len(groups) == 1:
-        read(groups[0])
-    else:
-        with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="places") as pool:
-            # In this order errors are raised, too.
-            for _ in pool.map(read, groups):
-                pass
+    left = iter([shards[first : first + SHARDS_AT_ONCE] for first in shards[::SHARDS_AT_ONCE]])
+    for group in left:
+        start = time.perf_counter()
+        read(group)
+        if time.perf_counter() - start > WAITING_S * len(group):
+            break
+    # Only against waiting: threads that never wait are in each other's way, and take twice as long.
+    with ThreadPoolExecutor(READ_THREADS, thread_name_prefix="places") as pool:
+        # In this order errors are raised, too.
+        for _ in pool.map(read, left):
+            pass
     files = tuple(bank / array.shard_path(shard) for shard in shards)
     return RowPlaces(array, files, schema.rows_per_shard, offset, length)
 

@@ -14,11 +14,10 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int64, Integer, UInt8
+from jaxtyping import Integer, UInt8
 
 from patchbank.pipeline.bank.layout import ALIGNMENT_BYTES
 from patchbank.pipeline.bank.memory import aligned_memory
@@ -56,29 +55,29 @@ class RowFiles:
         Raises `BankError` for a hole, `BankCorrupt` where a file is gone or has been cut since the
         bank was opened.
         """
-        check_present(self._places, rows)
-        offset, shard = self._places.offset[rows], rows // self._places.rows_per_shard
-        for start, stop in _runs(shard, offset, at, self.stride):
-            memory = into[at[start] : at[start] + stop - start].data.cast("B")
-            self._read_run(int(shard[start]), int(offset[start]), memory)
+        memory, stride = into.reshape(-1).data, self.stride
+        for shard, offset, slot, n_rows in _runs(self._places, rows, at, stride):
+            self._read_run(shard, offset, memory[slot * stride : (slot + n_rows) * stride])
 
     def _read_run(self, shard: int, offset: int, memory: memoryview) -> None:
-        path = self._places.files[shard]
         try:
-            with self._descriptors.borrow(shard) as descriptor:
+            file = self._descriptors.acquire(shard)
+            try:
                 while memory:
-                    n_read = os.preadv(descriptor, [memory], offset)
+                    n_read = os.preadv(file.descriptor, [memory], offset)
                     if n_read == 0:
                         raise BankCorrupt(
-                            f"{path} ends at byte {offset}; it was cut after the bank was "
-                            f"opened; {ADVICE}"
+                            f"{self._places.files[shard]} ends at byte {offset}; it was cut after "
+                            f"the bank was opened; {ADVICE}"
                         )
                     memory, offset = memory[n_read:], offset + n_read
+            finally:
+                self._descriptors.release(file)
         except OSError as error:
-            raise BankCorrupt(f"{path}: {error.strerror}; {ADVICE}") from error
+            raise BankCorrupt(f"{self._places.files[shard]}: {error.strerror}; {ADVICE}") from error
 
     def close(self) -> None:
-        """Closes the files; reading opens them again."""
+        """Closes the files, which nobody may be reading; reading opens them again."""
         self._descriptors.close()
 
 
@@ -90,15 +89,30 @@ def check_present(places: RowPlaces, rows: Integer[np.ndarray, " row"]) -> None:
 
 
 def _runs(
-    shard: Integer[np.ndarray, " row"],
-    offset: Int64[np.ndarray, " row"],
+    places: RowPlaces,
+    rows: Integer[np.ndarray, " row"],
     at: Integer[np.ndarray, " row"],
     stride: int,
-) -> Iterator[tuple[int, int]]:
-    """Spans of rows that follow each other in a file and in memory."""
-    follows = (np.diff(shard) == 0) & (np.diff(offset) == stride) & (np.diff(at) == 1)
-    cuts = [0, *(np.flatnonzero(~follows) + 1).tolist(), len(shard)]
-    return pairwise(cuts) if len(shard) else iter(())
+) -> Iterator[tuple[int, int, int, int]]:
+    """Shard, offset, slot and number of rows that follow each other in a file and in memory.
+
+    Plain numbers and a loop: for the few rows of a call numpy would take as long as a tenth of the
+    copy from the page cache.
+    """
+    shard = offset = slot = n_rows = -1
+    found = zip(rows.tolist(), places.offset[rows].tolist(), at.tolist(), strict=True)
+    for row, its_offset, its_slot in found:
+        if its_offset < 0:
+            raise BankError(f"row {row} has no tokens: it is a hole")
+        its_shard = row // places.rows_per_shard
+        if (its_shard, its_offset, its_slot) == (shard, offset + n_rows * stride, slot + n_rows):
+            n_rows += 1
+            continue
+        if n_rows > 0:
+            yield shard, offset, slot, n_rows
+        shard, offset, slot, n_rows = its_shard, its_offset, its_slot, 1
+    if n_rows > 0:
+        yield shard, offset, slot, n_rows
 
 
 def reads_directly(places: RowPlaces) -> bool:
@@ -160,6 +174,7 @@ class _Descriptors:
 
     def __init__(self, paths: Sequence[Path], flags: int, *, most: int) -> None:
         self._paths, self._flags, self._most = paths, flags, most
+        self._all_stay_open = len(paths) <= most  # nobody has to count who reads
         self._open: OrderedDict[int, _OpenFile] = OrderedDict()
         self._lock = threading.Lock()
         weakref.finalize(self, _close_all, self._open)
@@ -168,17 +183,31 @@ class _Descriptors:
     @contextmanager
     def borrow(self, number: int) -> Iterator[int]:
         """The descriptor of a file, which stays open meanwhile."""
+        file = self.acquire(number)
+        try:
+            yield file.descriptor
+        finally:
+            self.release(file)
+
+    def acquire(self, number: int) -> _OpenFile:
+        """An open file, until it is released."""
+        file = self._open.get(number)
+        if file is not None and self._all_stay_open:
+            return file
         with self._lock:
             file = self._open.get(number)
             if file is None:
                 file = self._open[number] = _OpenFile(os.open(self._paths[number], self._flags))
                 self._advise(file.descriptor)
                 self._close_idle()
-            self._open.move_to_end(number)
-            file.n_readers += 1
-        try:
-            yield file.descriptor
-        finally:
+            if not self._all_stay_open:
+                self._open.move_to_end(number)
+                file.n_readers += 1
+            return file
+
+    def release(self, file: _OpenFile) -> None:
+        """Lets a file be closed where others are wanted more."""
+        if not self._all_stay_open:
             with self._lock:
                 file.n_readers -= 1
 

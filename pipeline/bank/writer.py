@@ -91,7 +91,7 @@ def hash_file(path: Path, *, relative_to: Path) -> FileRecord:
 
 
 def writer_threads() -> ThreadPoolExecutor:
-    """Threads for all writers of a process: as many hash as there are cores, others are writing."""
+    """Threads for all writers of a process: one a core to hash, and two that wait for the disk."""
     return ThreadPoolExecutor(min(16, 2 + (os.cpu_count() or 1)), thread_name_prefix="write")
 
 

@@ -47,7 +47,8 @@ from patchbank.pipeline.bank.layout import rows_per_shard
 
 LIMIT_THREADS = (1, 2, 4, 8)
 WARM_THREADS = (1, 2, 4)
-COLD_TIERS, WARM_TIERS = ("auto", "direct", "read", "map"), ("auto", "read", "map", "ram")
+COLD_TIERS = ("auto", "direct", "ram", "read", "map")
+WARM_TIERS = ("auto", "read", "map", "ram")
 BESIDE_LIMIT = "zarrs"
 """The one peer that comes near the limit: it is measured next to it, the others after."""
 

@@ -35,6 +35,8 @@ class OwnReader:
     """Stored codes instead of floats."""
     reads_once: bool = False
     """Says that keeping tokens in memory will not pay, as for a bank larger than that."""
+    is_filling: bool = False
+    """Times the epoch that brings tokens into memory, not a later one."""
 
     def open(self, order: Order) -> Opened:
         """The loader as it is after a first epoch has begun: its ring has been touched, and where
@@ -51,10 +53,11 @@ class OwnReader:
         facts: dict[str, Any] = {"construct_s": time.perf_counter() - start}
         facts["tier"], tier = str(loader.choice), loader.choice.tier
         # Pages that were read while they were mapped would stay.
-        if tier != "map":
+        is_begun = tier != "map" and not self.is_filling
+        if is_begun:
             self._begin(loader, is_kept=tier in ("ram", "device"))
             facts["begin_s"] = time.perf_counter() - start
-        return Opened(self._tensors(loader, facts, before), facts, has_read=tier != "map")
+        return Opened(self._tensors(loader, facts, before), facts, has_read=is_begun)
 
     def _begin(self, loader: BatchLoader, *, is_kept: bool) -> None:
         for _ in loader:
@@ -73,8 +76,11 @@ class OwnReader:
 
 
 def float16_reader(bank: Path, clips: SyntheticClips, tier: str, *, reads_once: bool) -> Reader:
-    own = OwnReader(bank, tier, reads_once=reads_once)
-    return Reader(f"patchbank {tier}", bank, own.open, lambda: clips.marks)
+    """`ram` from a cold disk is timed while it fills."""
+    is_filling = reads_once and tier == "ram"
+    own = OwnReader(bank, tier, reads_once=reads_once, is_filling=is_filling)
+    name = f"patchbank {tier}{', filling' * is_filling}"
+    return Reader(name, bank, own.open, lambda: clips.marks)
 
 
 def int8_reader(bank: Path, clips: SyntheticClips, tier: str, *, is_raw: bool) -> Reader:
