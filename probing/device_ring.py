@@ -46,7 +46,7 @@ def copied_ahead(
 
 def _copy(filled: Filled, slot: Slot, stream: torch.cuda.Stream) -> torch.cuda.Event:
     """Begins to copy a batch to a slot on the device, and returns the event of its end."""
-    slot.reserve(filled.slot.n_rows)
+    slot.take_form_of(filled.slot)
     n_bytes = filled.slot.used_bytes(len(filled.rows))
     # Kernels on what the slot held two batches ago have been queued by now.
     used = torch.cuda.current_stream(stream.device).record_event()

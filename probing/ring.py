@@ -28,7 +28,7 @@ from patchbank.probing.row_readers import MappedRows, RowReader
 
 N_SLOTS = 3
 """One in the consumer's hands, two under way."""
-SMALLEST_PIECE, LARGEST_PIECE = 256 * 2**10, 4 * 2**20
+SMALLEST_PIECE, LARGEST_PIECE = 256 * 2**10, 16 * 2**20
 """Bytes that a reader thread takes on at once, at least a row."""
 _CPU = torch.device("cpu")
 
@@ -88,6 +88,12 @@ class Slot:
             spans = [column.span_bytes(n_rows) for column in self._columns]
             self._offsets = [0, *accumulate(spans)][:-1]
             self.n_rows, self.memory = n_rows, self._allocate(sum(spans))
+
+    def take_form_of(self, other: Slot) -> None:
+        """Spans begin where those of `other` do, so that one copy moves them all."""
+        self.n_rows, self._offsets = other.n_rows, other._offsets
+        if len(self.memory) < len(other.memory):
+            self.memory = self._allocate(len(other.memory))
 
     def _allocate(self, n_bytes: int) -> UInt8[Tensor, " byte"]:
         if self._device.type != "cpu" or self._is_pinned:

@@ -68,6 +68,19 @@ def test_a_run_leaves_results_probes_and_predictions(job: Path) -> None:
         assert predictions.num_rows == 12
 
 
+@pytest.mark.parametrize(
+    ("tier", "said"),
+    [("auto", "tokens from ram: 0 MiB are little"), ("direct", "tokens from "), ("map", "map: as")],
+)
+def test_training_says_where_tokens_come_from(
+    tier: str, said: str, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["train-probe", str(job / "fake.bank"), "--labels", str(job / "set/labels.csv")]
+    line += ["--out", str(tmp_path / "run"), "--probe", "linear", "--epochs", "1", "--seeds", "1"]
+    assert main([*line, "--tier", tier]) == 0
+    assert said in capsys.readouterr().err
+
+
 def test_predict_labels_audio_window_by_window(
     job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -17,6 +17,7 @@ from patchbank.pipeline.specs import StoredDType
 from patchbank.probing import BatchLoader
 from patchbank.probing.bank_source import BankSource
 from patchbank.probing.device_ring import DeviceRows
+from patchbank.probing.ring import Slot, read_ahead
 from patchbank.probing.tiers import Tier
 
 N_CLIPS = 40
@@ -63,6 +64,21 @@ def test_rows_that_a_device_keeps_are_those_of_the_bank(any_bank: Bank) -> None:
                     assert torch.equal(found, expected.pooled["mean"])
     with pytest.raises(BankError, match="row 2 has no tokens: it is a hole, or none of the rows"):
         list(kept.batches(iter([np.array([3, 2])]), n_threads=2))
+
+
+def test_one_copy_moves_all_columns_whatever_slots_have_held_before(bank: Bank) -> None:
+    """Slots grow to their own largest batch; the copy of one may have held a larger one."""
+    source = on_cpu(bank, 2)
+    target = Slot(source._columns)
+    for n_rows in (9, 3, 20, 5):
+        slot = Slot(source._columns)
+        plan = [np.arange(n_rows)]
+        for filled in read_ahead(iter(plan), source._columns, [slot], n_threads=2):
+            target.take_form_of(filled.slot)
+            n_bytes = filled.slot.used_bytes(n_rows)
+            target.memory[:n_bytes].copy_(filled.slot.memory[:n_bytes])
+            for found, expected in zip(target.parts(n_rows), filled.parts, strict=True):
+                assert torch.equal(found, expected)
 
 
 def cuda_bytes() -> int:
