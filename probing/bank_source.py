@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -16,7 +17,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from patchbank.pipeline.bank.reader import Bank, RowPlaces
-from patchbank.pipeline.bank.row_files import RowFiles, reads_directly
+from patchbank.pipeline.bank.row_files import MOST_OPEN_FILES, RowFiles, reads_directly
 from patchbank.pipeline.bank.schema import POOLED
 from patchbank.pipeline.errors import BankError
 from patchbank.probing.batch import Batch, LayerTokens
@@ -73,8 +74,11 @@ class BankSource:
         """`rows` are those that will be read, all where None; `reads_once` that they are read in
         one pass only. Raises `BankError` for a layer, array or tier that there is not."""
         chosen = list(layer) if isinstance(layer, Sequence) else [bank.resolve_layer(layer)]
+        if not chosen:
+            raise BankError(f"found no layer to read, expected some of {list(bank.layers)}")
         self.layers = tuple(dict.fromkeys(bank.resolve_layer(one) for one in chosen))
-        self.device = torch.device(device)
+        # With its number, so that it equals the device of tensors.
+        self.device = torch.empty(0, device=device).device
         self._done = bank.status == 1
         self.n_rows = bank.n_rows
         first = bank.array(self.layers[-1])
@@ -88,6 +92,7 @@ class BankSource:
         ]
         self.n_prefix = sum(a.n_tokens for a in tokens if (a.layer, a.kind) == self._prefix_key)
         places = {(a.layer, a.kind): bank.places(a.layer, a.kind) for a in tokens}
+        self._most_open = _most_open(len(tokens))
         self.choice = self._choose(list(places.values()), wanted, tier, reads_once=reads_once)
         self._is_all_counted = {layer: self._counts_all(bank, layer) for layer in self.layers}
         self._columns = [
@@ -138,6 +143,8 @@ class BankSource:
             raise BankError(f"found arrays={list(arrays)}, expected some of {list(ARRAYS)}")
         if tier not in TIERS:
             raise BankError(f"found tier={tier!r}, expected one of {list(TIERS)}")
+        if self.device.type not in ("cpu", "cuda"):
+            raise BankError(f"found device {self.device}, expected cpu or cuda")
         if tier == "device" and self.device.type == "cpu":
             raise BankError(
                 'the tier "device" keeps tokens on a GPU, and the device is the CPU; use '
@@ -172,7 +179,7 @@ class BankSource:
             return MappedRows(places)
         is_small = asked == "auto" and places.array.row_bytes < SMALL_ROW_BYTES
         direct = self.tier != "read" and not is_small and reads_directly(places)
-        files = RowFiles(places, direct=direct)
+        files = RowFiles(places, direct=direct, most_open=self._most_open)
         return RamRows(files, rows, n_rows=self.n_rows) if self.tier == "ram" else files
 
     def _small_columns(self, bank: Bank, arrays: Sequence[str]) -> Iterator[Column]:
@@ -231,8 +238,14 @@ class BankSource:
             self._rings.append(ring)
         try:
             yield ring
-        finally:
+        except GeneratorExit:
             self._idle.append(ring)
+            raise
+        except BaseException:
+            # Readers may still be at work in it.
+            self._rings.remove(ring)
+            raise
+        self._idle.append(ring)
 
     def _new_ring(self) -> _Ring:
         is_cuda = self.device.type == "cuda"
@@ -268,6 +281,13 @@ def _n_threads(tier: Tier) -> int:
     """Reads that wait for the disk: more than there are processors; copies: no more."""
     n_cpus = os.cpu_count() or 1
     return min(16, max(4, 2 * n_cpus)) if tier in ("direct", "ram") else min(4, max(2, n_cpus))
+
+
+def _most_open(n_arrays: int) -> int:
+    """Files of each array that may be open: together a quarter of what the process may have."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = 2**20 if soft == resource.RLIM_INFINITY else soft
+    return max(16, min(MOST_OPEN_FILES, limit // 4 // max(1, n_arrays)))
 
 
 def _free_bytes(device: torch.device) -> int:

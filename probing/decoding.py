@@ -37,7 +37,8 @@ class Dequantiser:
     ) -> Float[Tensor, "clip patch dim"]:
         shape = (*raw.shape[:2], len(self._shift))
         if len(self._out) < len(raw) or self._out.shape[1:] != shape[1:]:
-            self._out = torch.empty(shape, device=raw.device)
+            with torch.inference_mode(False):  # it is written to again outside of that mode
+                self._out = torch.empty(shape, device=raw.device)
         out = self._out[: len(raw)]
         size = len(raw) if raw.is_cuda else max(1, CACHED_VALUES // out[:1].numel())
         for parts in zip(raw.split(size), scale.split(size), out.split(size), strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ def copied_ahead(
     consumer's kernels work on the batch before it.
     """
     stream, ready = torch.cuda.Stream(device), None
-    with closing(batches):
+    with closing(batches), _all_done(stream, device):
         for number, filled in enumerate(batches):
             slot = slots[number % len(slots)]
             copied = _copy(filled, slot, stream)
@@ -42,6 +42,16 @@ def copied_ahead(
             ready = Filled(filled.rows, slot, slot.parts(len(filled.rows)))
         if ready is not None:
             yield ready
+
+
+@contextmanager
+def _all_done(stream: torch.cuda.Stream, device: torch.device) -> Iterator[None]:
+    """Nobody gets the slots before the last copy, and the last kernels that use them, are done."""
+    try:
+        yield
+    finally:
+        stream.synchronize()
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _copy(filled: Filled, slot: Slot, stream: torch.cuda.Stream) -> torch.cuda.Event:

@@ -86,8 +86,8 @@ class Slot:
         """Makes room for `n_rows` rows; what the slot held is lost where it grows."""
         if n_rows > self.n_rows:
             spans = [column.span_bytes(n_rows) for column in self._columns]
-            self._offsets = [0, *accumulate(spans)][:-1]
-            self.n_rows, self.memory = n_rows, self._allocate(sum(spans))
+            self.memory = self._allocate(sum(spans))
+            self.n_rows, self._offsets = n_rows, [0, *accumulate(spans)][:-1]
 
     def take_form_of(self, other: Slot) -> None:
         """Spans begin where those of `other` do, so that one copy moves them all."""
@@ -96,11 +96,19 @@ class Slot:
             self.memory = self._allocate(len(other.memory))
 
     def _allocate(self, n_bytes: int) -> UInt8[Tensor, " byte"]:
-        if self._device.type != "cpu" or self._is_pinned:
-            return torch.empty(
-                n_bytes, dtype=torch.uint8, device=self._device, pin_memory=self._is_pinned
+        # A tensor that is made while gradients are off for good could not be written to later.
+        with torch.inference_mode(False):
+            if self._device.type == "cpu" and not self._is_pinned:
+                return torch.from_numpy(aligned_memory(n_bytes))
+            memory = torch.empty(
+                n_bytes + ALIGNMENT_BYTES,
+                dtype=torch.uint8,
+                device=self._device,
+                pin_memory=self._is_pinned,
             )
-        return torch.from_numpy(aligned_memory(n_bytes))
+        # Pinned memory need not begin on a page, and O_DIRECT asks for it.
+        start = -memory.data_ptr() % ALIGNMENT_BYTES
+        return memory[start : start + n_bytes]
 
     def parts(self, n_rows: int) -> list[UInt8[Tensor, " _"]]:
         """The bytes of the first rows, by column."""

@@ -118,7 +118,11 @@ class RamRows:
 
     def _allocate(self) -> None:
         n_rows = len(self._wanted)
-        memory = aligned_memory(n_rows * self.stride)
+        try:
+            memory = aligned_memory(n_rows * self.stride)
+        except OSError as error:
+            size = f"{n_rows * self.stride / 2**30:.1f} GiB"
+            raise BankError(f"{size} of tokens do not fit into memory; use tier direct") from error
         self._memory: RowMemory = memory.reshape(n_rows, self.stride)
         self._is_here: Bool[np.ndarray, " row"] = np.zeros(len(self._wanted), np.bool_)
 

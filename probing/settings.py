@@ -55,7 +55,7 @@ class TrainSettings:
     def torch_device(self) -> torch.device:
         """`device`, where "auto" is the GPU if there is one."""
         if self.device == "auto":
-            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            return torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu").device
         try:
             torch.zeros(1, device=self.device).cpu()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -63,7 +63,7 @@ class TrainSettings:
             raise TrialError(
                 f"found no device {self.device!r} here ({reason}); use --device cpu"
             ) from error
-        return torch.device(self.device)
+        return torch.zeros(1, device=self.device).device
 
     def candidates(self, name: str, lowest_highest: tuple[float, float]) -> tuple[float, ...]:
         """The learning rates to try for one probe family."""

@@ -50,9 +50,11 @@ class TierFacts:
     resident_share: float | None = None
     """Rows that the page cache holds, of those sampled; None where the system does not say."""
     is_direct_faster: bool | None = None
-    """Than buffered reads, measured; None where the file system has no O_DIRECT."""
+    """Or nearly as fast as buffered reads, measured; None where there is no O_DIRECT."""
     reads_once: bool = False
     """One pass is all: keeping tokens would not pay."""
+    row_bytes: int = 2**20
+    """Of the largest array."""
 
 
 def choose_tier(facts: TierFacts) -> TierChoice:
@@ -69,6 +71,10 @@ def choose_tier(facts: TierFacts) -> TierChoice:
         return TierChoice("read", f"the page cache holds {share} of {size} already")
     if fits:
         return TierChoice("ram", f"{size} fit into half of {free} of free memory")
+    if facts.n_bytes <= SMALL_BYTES:
+        return TierChoice("read", f"{size} are little")
+    if facts.row_bytes < SMALL_ROW_BYTES:
+        return TierChoice("read", f"rows of {facts.row_bytes / 1024:.0f} KiB are small")
     why = "are read once" if facts.reads_once else f"do not fit into half of {free} of free memory"
     if facts.is_direct_faster:
         return TierChoice("direct", f"{size} {why}")
@@ -101,7 +107,8 @@ def look_at(
         share = resident_share(largest, sample, generator)
         if 2 * n_bytes > free_bytes or reads_once:
             faster = _is_direct_faster(largest, sample) if reads_directly(largest) else None
-    return TierFacts(n_bytes, free_bytes, free_device_bytes, share, faster, reads_once)
+    row_bytes = 0 if largest is None else _stride(largest)
+    return TierFacts(n_bytes, free_bytes, free_device_bytes, share, faster, reads_once, row_bytes)
 
 
 def _stride(places: RowPlaces) -> int:

@@ -4,6 +4,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import threading
@@ -244,6 +245,32 @@ def test_quantised_tokens_come_raw_and_as_floats(quantised: Bank, tier: Tier) ->
         np.testing.assert_array_equal(batch.raw.numpy(), codes[batch.rows])
         floats = constants.dequantise(codes[batch.rows], scale[batch.rows])
         np.testing.assert_allclose(batch.patches.numpy(), floats, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("tier", HERE)
+def test_a_pass_without_gradients_leaves_the_loader_as_it_was(quantised: Bank, tier: Tier) -> None:
+    loader = BatchLoader(quantised, layer=1, tier=tier)
+    with torch.inference_mode():
+        first = [batch.patches.sum().item() for batch in loader]
+    loader.epoch = 0
+    assert [batch.patches.sum().item() for batch in loader] == first
+
+
+def test_no_layer_at_all_is_refused(bank: Bank) -> None:
+    with pytest.raises(BankError, match=r"found no layer to read, expected some of \[1, 2\]"):
+        BatchLoader(bank, layer=[])
+
+
+def test_too_few_descriptors_are_not_taken_for_damage(bank: Bank) -> None:
+    loader = BatchLoader(bank, layer=1, tier="read")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        with pytest.raises(BankError, match="Too many open files; allow more with `ulimit -n`"):
+            list(loader)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert sum(len(batch.rows) for batch in loader) == N_DONE
 
 
 def test_floats_are_their_own_stored_form(bank: Bank) -> None:

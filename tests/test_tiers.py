@@ -51,7 +51,8 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> Bank:
             "read: the page cache holds 100% of 1.0 GiB already",
         ),
         (replace(MEDIUM, n_bytes=2**20, resident_share=1.0), "ram: 1 MiB are little"),
-        (replace(MEDIUM, n_bytes=2**20, reads_once=True), "direct: 1 MiB are read once"),
+        (replace(MEDIUM, n_bytes=2**20, reads_once=True), "read: 1 MiB are little"),
+        (replace(LARGE, row_bytes=4_096), "read: rows of 4 KiB are small"),
         (replace(MEDIUM, free_bytes=0), "direct: 1.0 GiB do not fit into half of 0 MiB"),
         (
             replace(MEDIUM, free_device_bytes=2 * 2**30),
@@ -81,6 +82,10 @@ def test_a_bank_larger_than_memory_is_looked_at_on_the_disk(
     assert facts.n_bytes == 40 * 4_096
     assert facts.resident_share == 0.0
     assert facts.is_direct_faster in ((True, False) if reads_directly(places) else (None,))
+    evict(places.files)
+    assert str(BatchLoader(bank, layer=1).choice) == "read: rows of 4 KiB are small"
+    evict(places.files)
+    monkeypatch.setattr(tiers, "SMALL_ROW_BYTES", 0)
     assert BatchLoader(bank, layer=1).choice.tier in ("direct", "read")
     assert sum(len(batch.rows) for batch in BatchLoader(bank, layer=1)) == 40
 

@@ -26,7 +26,7 @@ from patchbank.pipeline.errors import BankCorrupt, BankError
 
 O_DIRECT: int = getattr(os, "O_DIRECT", 0)
 MOST_OPEN_FILES = 512
-"""Of one array; half of the usual limit of a process, and a bank may have 18,000 shards."""
+"""Of one array, at most; a bank may have 18,000 shards."""
 RowMemory = UInt8[np.ndarray, "slot byte"]
 """Rows in their padded form, each `row_stride_bytes` long; begins on a page for direct reads."""
 
@@ -74,7 +74,7 @@ class RowFiles:
             finally:
                 self._descriptors.release(file)
         except OSError as error:
-            raise BankCorrupt(f"{self._places.files[shard]}: {error.strerror}; {ADVICE}") from error
+            raise read_error(self._places.files[shard], error) from error
 
     def close(self) -> None:
         """Closes the files, which nobody may be reading; reading opens them again."""
@@ -86,6 +86,15 @@ def check_present(places: RowPlaces, rows: Integer[np.ndarray, " row"]) -> None:
     is_hole = places.offset[rows] < 0
     if is_hole.any():
         raise BankError(f"row {int(rows[np.argmax(is_hole)])} has no tokens: it is a hole")
+
+
+def read_error(path: Path, error: OSError) -> BankError:
+    """What a failed read means: a damaged bank, or a system that has not enough of something."""
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return BankError(f"{path}: {error.strerror}; allow more with `ulimit -n`, and try again")
+    if error.errno in (errno.ENOENT, errno.EIO, errno.ENOTDIR, errno.ESTALE):
+        return BankCorrupt(f"{path}: {error.strerror}; {ADVICE}")
+    return BankError(f"{path} cannot be read: {error.strerror}")
 
 
 def _runs(
@@ -120,16 +129,15 @@ def reads_directly(places: RowPlaces) -> bool:
     present = np.flatnonzero(places.offset >= 0)
     if not O_DIRECT or not len(present):
         return False
-    files = RowFiles(places, direct=True)
+    files, first = RowFiles(places, direct=True), int(present[0])
     page = aligned_memory(ALIGNMENT_BYTES).data
     try:
-        first = int(present[0])
         with files._descriptors.borrow(places.shard_of(first)) as descriptor:
             return os.preadv(descriptor, [page], int(places.offset[first])) > 0
     except OSError as error:
         if error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EPERM):
             return False
-        raise BankCorrupt(f"{places.files[0]}: {error.strerror}; {ADVICE}") from error
+        raise read_error(places.files[places.shard_of(first)], error) from error
     finally:
         files.close()
 
