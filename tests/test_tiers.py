@@ -92,7 +92,7 @@ def test_a_bank_larger_than_memory_is_looked_at_on_the_disk(
 
 
 def fresh_places(bank: Bank, copy: Path) -> RowPlaces:
-    """The rows of a copy that nobody has read; what is being fetched cannot be put out."""
+    """The rows of a copy that is not in the page cache."""
     shutil.copytree(bank.path, copy)
     places = open_bank(copy).places(1)
     evict(places.files)
@@ -102,6 +102,7 @@ def fresh_places(bank: Bank, copy: Path) -> RowPlaces:
 def evict(files: tuple[Path, ...]) -> None:
     """Puts files out of the page cache."""
     for path in files:
+        path.read_bytes()  # what is still being fetched could not be put out
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
