@@ -101,10 +101,9 @@ def look_at(
     largest = max(places, key=_stride, default=None)
     share = faster = None
     if largest is not None and len(rows) and n_bytes > SMALL_BYTES:
-        # Not seeded: what one look fetches must not be taken for a warm cache by the next.
-        generator = np.random.default_rng()
+        generator = np.random.default_rng(0)
         sample = generator.choice(rows, min(SAMPLED_ROWS, len(rows)), replace=False)
-        share = resident_share(largest, sample, generator)
+        share = resident_share(largest, sample)
         if 2 * n_bytes > free_bytes or reads_once:
             faster = _is_direct_faster(largest, sample) if reads_directly(largest) else None
     row_bytes = 0 if largest is None else _stride(largest)

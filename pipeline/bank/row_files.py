@@ -6,13 +6,15 @@ needs no copy and neighbours in a file come with one system call.
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from patchbank.pipeline.errors import BankCorrupt, BankError
 O_DIRECT: int = getattr(os, "O_DIRECT", 0)
 MOST_OPEN_FILES = 512
 """Of one array, at most; a bank may have 18,000 shards."""
+_LIBC = ctypes.CDLL(None)
 RowMemory = UInt8[np.ndarray, "slot byte"]
 """Rows in their padded form, each `row_stride_bytes` long; begins on a page for direct reads."""
 
@@ -142,30 +145,39 @@ def reads_directly(places: RowPlaces) -> bool:
         files.close()
 
 
-def resident_share(
-    places: RowPlaces, rows: Integer[np.ndarray, " row"], generator: np.random.Generator
-) -> float | None:
+def resident_share(places: RowPlaces, rows: Integer[np.ndarray, " row"]) -> float | None:
     """How much of `rows` the page cache holds, from a page of each; None where nobody says.
 
-    A page that is not there is not waited for; but Linux fetches it then, so that `generator`
-    should give another page at another time.
+    Nothing is fetched. A read that must not wait (RWF_NOWAIT) would not do: Linux begins to fetch
+    what is missing, and on a quick disk it is there in time.
     """
-    n_found, page = 0, bytearray(ALIGNMENT_BYTES)
-    no_wait = getattr(os, "RWF_NOWAIT", 0)
-    if not no_wait or not len(rows):
+    if not len(rows) or not hasattr(_LIBC, "mincore"):
         return None
-    files = _Descriptors(places.files, os.O_RDONLY, most=MOST_OPEN_FILES)
+    middle = places.array.row_bytes // 2
     try:
-        for row in rows.tolist():
-            page_number = generator.integers(-(-places.array.row_bytes // ALIGNMENT_BYTES))
-            offset = int(places.offset[row] + page_number * ALIGNMENT_BYTES)
-            with files.borrow(places.shard_of(row)) as descriptor, suppress(BlockingIOError):
-                n_found += bool(os.preadv(descriptor, [page], offset, no_wait))
-    except OSError:
+        found = [
+            _is_resident(places.files[places.shard_of(row)], int(places.offset[row]) + middle)
+            for row in rows.tolist()
+        ]
+    except (OSError, ValueError):  # cut or gone: reading it will tell
         return None
-    finally:
-        files.close()
-    return n_found / len(rows)
+    return None if None in found else sum(map(bool, found)) / len(found)
+
+
+def _is_resident(path: Path, offset: int) -> bool | None:
+    """Whether the page at `offset` is in memory; None where the kernel tells only the owner."""
+    offset -= offset % mmap.ALLOCATIONGRANULARITY
+    with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_uid != os.geteuid() and not os.access(path, os.W_OK):
+            return None
+        with mmap.mmap(
+            file.fileno(), mmap.PAGESIZE, access=mmap.ACCESS_COPY, offset=offset
+        ) as page:
+            flag = ctypes.c_ubyte()
+            address = ctypes.c_void_p(ctypes.addressof(ctypes.c_ubyte.from_buffer(page)))
+            failed = _LIBC.mincore(address, ctypes.c_size_t(mmap.PAGESIZE), ctypes.byref(flag))
+            del address
+    return None if failed else bool(flag.value & 1)
 
 
 @dataclass
