@@ -193,7 +193,7 @@ def _bytes_so_far(path: Path) -> int:
 
 def print_summary(facts: Facts) -> None:
     """One bank of `bank ls`."""
-    from patchbank.pipeline.plan import human_bytes
+    from patchbank.pipeline.specs import human_bytes
 
     if "error" in facts:
         print(f"{facts['name']:<24} {facts['error']}")

@@ -76,7 +76,7 @@ def bytes_by_kind(bank: Bank) -> dict[str, int]:
 
 def readable_facts(facts: Facts) -> Iterator[tuple[str, str]]:
     """Names and sentences of `bank show`, in order."""
-    from patchbank.pipeline.plan import human_bytes
+    from patchbank.pipeline.specs import human_bytes
 
     window = facts["window"]
     yield "bank", facts["bank"]

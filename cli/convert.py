@@ -224,7 +224,7 @@ def note_change(
 
 def print_made(bank: Bank) -> None:
     """The new bank, on stdout."""
-    from patchbank.pipeline.plan import human_bytes
+    from patchbank.pipeline.specs import human_bytes
 
     n_bytes = human_bytes(bank.seal.bank_bytes)
     print(f"{bank.path}: {bank.n_clips} clips, {n_bytes}, {bank.fingerprint[:12]}")

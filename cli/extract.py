@@ -89,7 +89,7 @@ def print_plan(extraction: Extraction, *, as_json: bool) -> None:
     """What an extraction would do, on stdout."""
     import json
 
-    from patchbank.pipeline.plan import human_bytes
+    from patchbank.pipeline.specs import human_bytes
 
     plan = extraction.plan
     facts = {

@@ -17,7 +17,7 @@ from patchbank.pipeline.bank.identity import rows_digest
 from patchbank.pipeline.bank.layout import rows_per_shard
 from patchbank.pipeline.bank.schema import BankSchema, Storage
 from patchbank.pipeline.errors import PatchbankError
-from patchbank.pipeline.specs import Grid, Json, LayerSpec, Recipe, StoredDType
+from patchbank.pipeline.specs import Grid, Json, LayerSpec, Recipe, StoredDType, human_bytes
 
 SPARE_BYTES = 64 * 2**20
 """Room for parts, records and the file system's own needs."""
@@ -53,15 +53,6 @@ def check_space(folder: Path, n_bytes: int, *, free_bytes: int | None = None) ->
             f"{folder} needs {human_bytes(needed)} more, {human_bytes(free)} are "
             "free there; choose fewer --layers, a smaller --dtype or another disk for --out"
         )
-
-
-def human_bytes(n_bytes: float) -> str:
-    """`n_bytes` in binary units with three digits, for people."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if n_bytes < 1024 or unit == "TiB":
-            break
-        n_bytes /= 1024
-    return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.3g} {unit}"
 
 
 def schema_for(

@@ -181,3 +181,12 @@ class Recipe:
     @property
     def recipe_id(self) -> str:
         return digest(self.identity())
+
+
+def human_bytes(n_bytes: float) -> str:
+    """`n_bytes` in binary units with three digits, for people."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if n_bytes < 1024 or unit == "TiB":
+            break
+        n_bytes /= 1024
+    return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.3g} {unit}"

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from patchbank.pipeline.bank.reader import Bank, RowPlaces
+from patchbank.pipeline.bank.places import RowPlaces
+from patchbank.pipeline.bank.reader import Bank
 from patchbank.pipeline.bank.row_files import MOST_OPEN_FILES, RowFiles, reads_directly
 from patchbank.pipeline.bank.schema import POOLED
 from patchbank.pipeline.errors import BankError
@@ -71,8 +72,11 @@ class BankSource:
         rows: Rows | None = None,
         reads_once: bool = False,
     ) -> None:
-        """`rows` are those that will be read, all where None; `reads_once` that they are read in
-        one pass only. Raises `BankError` for a layer, array or tier that there is not."""
+        """`rows` are those that will be read, all where None, and those without tokens never;
+        `reads_once` that they are read in one pass only.
+
+        Raises `BankError` for a layer, array or tier that there is not.
+        """
         chosen = list(layer) if isinstance(layer, Sequence) else [bank.resolve_layer(layer)]
         if not chosen:
             raise BankError(f"found no layer to read, expected some of {list(bank.layers)}")
@@ -90,7 +94,9 @@ class BankSource:
             for array in bank.schema.arrays()
             if array.layer in self.layers and array.kind in arrays
         ]
-        self.n_prefix = sum(a.n_tokens for a in tokens if (a.layer, a.kind) == self._prefix_key)
+        self.n_prefix = sum(
+            a.n_tokens for a in tokens if a.layer == self.layer and a.kind == "prefix"
+        )
         places = {(a.layer, a.kind): bank.places(a.layer, a.kind) for a in tokens}
         self._most_open = _most_open(len(tokens))
         self.choice = self._choose(list(places.values()), wanted, tier, reads_once=reads_once)
@@ -132,10 +138,6 @@ class BankSource:
     def tier(self) -> Tier:
         """Where tokens come from; `choice` says why."""
         return self.choice.tier
-
-    @property
-    def _prefix_key(self) -> tuple[int, str]:
-        return self.layer, "prefix"
 
     def _check(self, bank: Bank, arrays: Sequence[str], tier: Tier) -> None:
         unknown = [name for name in arrays if name not in ARRAYS]

@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Shaped, UInt8
 from torch import Tensor
 
+from patchbank.pipeline.bank.direct import aligned_memory
 from patchbank.pipeline.bank.layout import ALIGNMENT_BYTES
-from patchbank.pipeline.bank.memory import aligned_memory
 from patchbank.pipeline.errors import BankError
 from patchbank.probing.plan import BatchRows
 from patchbank.probing.row_readers import MappedRows, RowReader

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Integer, Shaped, UInt8
 
-from patchbank.pipeline.bank.memory import aligned_memory
-from patchbank.pipeline.bank.reader import ADVICE, RowPlaces
+from patchbank.pipeline.bank.direct import aligned_memory
+from patchbank.pipeline.bank.places import ADVICE, RowPlaces
 from patchbank.pipeline.bank.row_files import RowFiles, RowMemory, check_present
 from patchbank.pipeline.errors import BankCorrupt, BankError
 

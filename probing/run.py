@@ -96,13 +96,12 @@ def run_training(
     if source is not None:
         tokens = source(layer)
     else:
-        done = np.asarray(bank.clips["status"]) == 1
         tokens = BankSource(
             cast(Bank, bank),
             layer,
             tier=tier,
             device=settings.torch_device,
-            rows=np.flatnonzero(labels.known & done),
+            rows=np.flatnonzero(labels.known),
         )
         if say is not None:
             say(f"tokens from {tokens.choice}")

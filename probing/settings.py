@@ -54,16 +54,18 @@ class TrainSettings:
     @property
     def torch_device(self) -> torch.device:
         """`device`, where "auto" is the GPU if there is one."""
-        if self.device == "auto":
-            return torch.zeros(1, device="cuda" if torch.cuda.is_available() else "cpu").device
+        name = self.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
         try:
-            torch.zeros(1, device=self.device).cpu()
+            tensor = torch.zeros(1, device=name)
+            tensor.cpu()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise TrialError(
                 f"found no device {self.device!r} here ({reason}); use --device cpu"
             ) from error
-        return torch.zeros(1, device=self.device).device
+        return tensor.device  # with its number, as tensors have it
 
     def candidates(self, name: str, lowest_highest: tuple[float, float]) -> tuple[float, ...]:
         """The learning rates to try for one probe family."""

@@ -11,9 +11,10 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Integer
 
-from patchbank.pipeline.bank.memory import aligned_memory
-from patchbank.pipeline.bank.reader import RowPlaces
+from patchbank.pipeline.bank.direct import aligned_memory
+from patchbank.pipeline.bank.places import RowPlaces
 from patchbank.pipeline.bank.row_files import RowFiles, reads_directly, resident_share
+from patchbank.pipeline.specs import human_bytes
 
 Tier = Literal["auto", "device", "ram", "map", "read", "direct"]
 TIERS: tuple[Tier, ...] = get_args(Tier)
@@ -49,8 +50,8 @@ class TierFacts:
     """Memory of the GPU that is free now; 0 without one."""
     resident_share: float | None = None
     """Rows that the page cache holds, of those sampled; None where the system does not say."""
-    is_direct_faster: bool | None = None
-    """Or nearly as fast as buffered reads, measured; None where there is no O_DIRECT."""
+    direct_keeps_up: bool | None = None
+    """With buffered reads, measured; None where there is no O_DIRECT."""
     reads_once: bool = False
     """One pass is all: keeping tokens would not pay."""
     row_bytes: int = 2**20
@@ -59,9 +60,9 @@ class TierFacts:
 
 def choose_tier(facts: TierFacts) -> TierChoice:
     """The tier for `facts`; see each reason."""
-    size, free = _gib(facts.n_bytes), _gib(facts.free_bytes)
+    size, free = human_bytes(facts.n_bytes), human_bytes(facts.free_bytes)
     if 0 < 2 * facts.n_bytes <= facts.free_device_bytes and not facts.reads_once:
-        free_device = _gib(facts.free_device_bytes)
+        free_device = human_bytes(facts.free_device_bytes)
         return TierChoice("device", f"{size} fit into half of {free_device} on the GPU")
     fits = 2 * facts.n_bytes <= facts.free_bytes and not facts.reads_once
     if fits and facts.n_bytes <= SMALL_BYTES:
@@ -74,18 +75,12 @@ def choose_tier(facts: TierFacts) -> TierChoice:
     if facts.n_bytes <= SMALL_BYTES:
         return TierChoice("read", f"{size} are little")
     if facts.row_bytes < SMALL_ROW_BYTES:
-        return TierChoice("read", f"rows of {facts.row_bytes / 1024:.0f} KiB are small")
+        return TierChoice("read", f"rows of {human_bytes(facts.row_bytes)} are small")
     why = "are read once" if facts.reads_once else f"do not fit into half of {free} of free memory"
-    if facts.is_direct_faster:
+    if facts.direct_keeps_up:
         return TierChoice("direct", f"{size} {why}")
-    slower = "is slower" if facts.is_direct_faster is False else "is not to be had"
+    slower = "is slower" if facts.direct_keeps_up is False else "is not to be had"
     return TierChoice("read", f"{size} {why}, and O_DIRECT {slower} here")
-
-
-def _gib(n_bytes: int) -> str:
-    if n_bytes < 2**30:
-        return f"{n_bytes / 2**20:.0f} MiB"
-    return f"{n_bytes / 2**30:.1f} GiB"
 
 
 def look_at(
@@ -105,7 +100,7 @@ def look_at(
         sample = generator.choice(rows, min(SAMPLED_ROWS, len(rows)), replace=False)
         share = resident_share(largest, sample)
         if 2 * n_bytes > free_bytes or reads_once:
-            faster = _is_direct_faster(largest, sample) if reads_directly(largest) else None
+            faster = _direct_keeps_up(largest, sample) if reads_directly(largest) else None
     row_bytes = 0 if largest is None else _stride(largest)
     return TierFacts(n_bytes, free_bytes, free_device_bytes, share, faster, reads_once, row_bytes)
 
@@ -114,7 +109,7 @@ def _stride(places: RowPlaces) -> int:
     return places.array.layout(places.rows_per_shard).row_stride_bytes
 
 
-def _is_direct_faster(places: RowPlaces, rows: Integer[np.ndarray, " row"]) -> bool:
+def _direct_keeps_up(places: RowPlaces, rows: Integer[np.ndarray, " row"]) -> bool:
     """Whether direct reads keep up with buffered ones, by turns, other rows each.
 
     They only have to come near: they leave the page cache and the processor to others, and a few

@@ -11,7 +11,7 @@ from fake_bank import SETTINGS
 from patchbank.cli.main import main
 from patchbank.pipeline.bank import Bank
 from patchbank.pipeline.extraction import extract
-from patchbank.pipeline.plan import human_bytes
+from patchbank.pipeline.specs import human_bytes
 
 SHARD = "layers/1/patches/c.1.0.0"
 

@@ -70,7 +70,7 @@ def test_a_run_leaves_results_probes_and_predictions(job: Path) -> None:
 
 @pytest.mark.parametrize(
     ("tier", "said"),
-    [("auto", "tokens from ram: 0 MiB are little"), ("direct", "tokens from "), ("map", "map: as")],
+    [("auto", "tokens from ram: "), ("direct", "tokens from direct: as asked"), ("map", "map: as")],
 )
 def test_training_says_where_tokens_come_from(
     tier: str, said: str, job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -22,8 +22,7 @@ from patchbank.pipeline.errors import (
     PatchbankError,
 )
 from patchbank.pipeline.extraction import ExtractionSettings, Progress, extract, prepare, run
-from patchbank.pipeline.plan import human_bytes
-from patchbank.pipeline.specs import WindowSpec
+from patchbank.pipeline.specs import WindowSpec, human_bytes
 
 
 def test_a_bank_holds_the_tokens_of_its_encoder(sealed: Bank, clip_table: Path) -> None:

@@ -1,47 +1,35 @@
 from __future__ import annotations
 
-import gc
-import multiprocessing
 import os
-import pickle
 import resource
 import subprocess
 import sys
-import threading
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
 import pytest
 import torch
-import zarr
 from audio_sets import write_clip_set
+from loader_banks import (
+    FAILED,
+    HERE,
+    N_CLIPS,
+    N_DONE,
+    make_bank,
+    n_descriptors,
+    reader_threads,
+    reference,
+)
 
 from patchbank.pipeline.bank import Bank, open_bank
-from patchbank.pipeline.errors import BankCorrupt, BankError
+from patchbank.pipeline.errors import BankError
 from patchbank.pipeline.extraction import ExtractionSettings, extract
-from patchbank.pipeline.specs import StoredDType, WindowSpec
+from patchbank.pipeline.specs import WindowSpec
 from patchbank.probing import BatchLoader
 from patchbank.probing.bank_source import BankSource
 from patchbank.probing.batch import Batch
 from patchbank.probing.tiers import Tier
-
-N_CLIPS = 45
-FAILED = 7
-N_DONE = N_CLIPS - 1
-HERE: list[Tier] = ["auto", "ram", "map", "read", "direct"]
-"""Tiers that need no GPU."""
-
-
-def make_bank(folder: Path, dtype: StoredDType = "float16") -> Bank:
-    table = write_clip_set(folder / "set", n_clips=N_CLIPS)
-    (folder / f"set/audio/{FAILED:04d}.wav").write_bytes(b"no audio")
-    window = WindowSpec(1.0, 1.0)
-    settings = ExtractionSettings(window=window, layers="all", stored_dtype=dtype)
-    return extract(table, encoder="fake", out=folder / "x.bank", settings=settings)
-
 
 ASK_FOR_DISK = """
 from patchbank.probing import BatchLoader
@@ -57,21 +45,6 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> Bank:
 @pytest.fixture(scope="module")
 def quantised(tmp_path_factory: pytest.TempPathFactory) -> Bank:
     return make_bank(tmp_path_factory.mktemp("quantised"), "int8")
-
-
-def reference(bank: Bank, layer: int, kind: str) -> np.ndarray:
-    """The whole array as zarr-python reads it."""
-    return np.asarray(zarr.open_array(bank.path / f"layers/{layer}/{kind}", mode="r")[:])
-
-
-def is_slow_to_end() -> list[str]:
-    """Reader threads that are still there."""
-    return [one.name for one in threading.enumerate() if one.name.startswith("patchbank-read")]
-
-
-def n_descriptors() -> int:
-    gc.collect()
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 @pytest.mark.parametrize("tier", HERE)
@@ -93,7 +66,7 @@ def test_an_epoch_holds_every_row_with_tokens_once(bank: Bank, layer: int, tier:
         assert sorted(seen) == [row for row in range(N_CLIPS) if row != FAILED]
         assert seen != sorted(seen)
     assert len(loader) == 3
-    assert not is_slow_to_end()
+    assert not reader_threads()
 
 
 def test_the_order_depends_on_seed_and_epoch_alone(bank: Bank) -> None:
@@ -313,167 +286,6 @@ def test_rows_outside_the_bank_are_refused(bank: Bank, row: int) -> None:
         BatchLoader(bank, rows=np.array([0, row]))
 
 
-@pytest.mark.parametrize("tier", HERE)
-def test_leaving_a_loop_early_leaves_nothing_behind(bank: Bank, tier: Tier) -> None:
-    before = n_descriptors()
-    loader = BatchLoader(bank, batch_size=4, tier=tier)
-    ring_bytes = set()
-    for _ in range(50):
-        for _batch in loader:
-            break
-        ring_bytes.add(loader.ring_bytes)
-        assert not is_slow_to_end()
-    [n_bytes] = ring_bytes
-    assert n_bytes == 3 * 4 * 2 * 4_096  # three slots of four rows, of patches and of prefix
-    del loader, _batch
-    assert n_descriptors() == before
-
-
-def test_an_error_in_the_loop_ends_the_readers(bank: Bank) -> None:
-    loader = BatchLoader(bank, batch_size=4, tier="read")
-
-    def fail() -> None:
-        for _batch in loader:
-            _ = 1 / 0
-
-    with pytest.raises(ZeroDivisionError):
-        fail()
-    assert not is_slow_to_end()
-    assert sum(len(batch.rows) for batch in loader) == N_DONE
-
-
-@pytest.mark.parametrize("tier", ["ram", "read", "direct"])
-def test_a_file_that_is_cut_while_it_is_read_is_an_error(tier: Tier, tmp_path: Path) -> None:
-    bank = make_bank(tmp_path)
-    loader = BatchLoader(bank, layer=1, batch_size=4, tier=tier, shuffle=False)
-    seen: list[int] = []
-
-    def read() -> None:
-        for batch in loader:
-            seen.extend(batch.rows.tolist())
-            os.truncate(bank.path / "layers/1/patches/c.2.0.0", 4_096)
-
-    with pytest.raises(BankCorrupt, match=r"layers/1/patches/c\.2\.0\.0 ends at byte .* was cut"):
-        read()
-    assert 0 < len(seen) < N_DONE
-    assert not is_slow_to_end()
-
-
-def test_a_file_that_is_gone_is_an_error(tmp_path: Path) -> None:
-    bank = make_bank(tmp_path)
-    loader = BatchLoader(bank, layer=1, batch_size=4, tier="read", shuffle=False)
-    (bank.path / "layers/1/patches/c.2.0.0").unlink()
-    with pytest.raises(BankCorrupt, match=r"c\.2\.0\.0: No such file or directory; pull the bank"):
-        list(loader)
-
-
-@pytest.mark.parametrize("tier", HERE)
-def test_threads_may_read_from_one_loader_at_once(bank: Bank, tier: Tier) -> None:
-    loader = BatchLoader(bank, layer=1, batch_size=4, tier=tier)
-    patches = reference(bank, 1, "patches")
-    epochs: list[int] = []
-    errors: list[str] = []
-
-    def read() -> None:
-        try:
-            for _ in range(5):
-                seen = []
-                for batch in loader:
-                    np.testing.assert_array_equal(batch.patches.numpy(), patches[batch.rows])
-                    seen += batch.rows.tolist()
-                assert len(set(seen)) == len(seen) == N_DONE
-                epochs.append(batch.epoch)
-        except BaseException:
-            errors.append(traceback.format_exc())
-
-    threads = [threading.Thread(target=read) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert not errors, errors[0]
-    assert sorted(epochs) == list(range(20))
-    assert loader.ring_bytes <= 4 * 3 * 4 * 4_096
-
-
-def in_child(work: Callable[[], None]) -> None:
-    """Runs `work` in a fork of this process; fails where it fails or hangs."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
-    for _ in range(600):
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            assert status == 0
-            return
-        threading.Event().wait(0.05)
-    os.kill(pid, 9)
-    os.waitpid(pid, 0)
-    raise AssertionError("the forked process hangs")
-
-
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-@pytest.mark.parametrize("tier", HERE)
-def test_a_forked_process_reads_after_its_parent_has(bank: Bank, tier: Tier) -> None:
-    loader = BatchLoader(bank, layer=1, batch_size=4, tier=tier)
-    patches = reference(bank, 1, "patches")
-
-    def check() -> None:
-        seen = []
-        for batch in loader:
-            np.testing.assert_array_equal(batch.patches.numpy(), patches[batch.rows])
-            seen += batch.rows.tolist()
-        assert len(set(seen)) == len(seen) == N_DONE
-
-    check()
-    in_child(check)
-    iteration = iter(loader)
-    next(iteration)  # readers are at work while it forks
-    in_child(check)
-
-    def go_on() -> None:
-        with pytest.raises(BankError, match="this epoch was begun before the process forked"):
-            list(iteration)
-
-    in_child(go_on)
-    assert sum(len(batch.rows) for batch in iteration) == N_DONE - 4
-    check()
-
-
-@pytest.mark.parametrize("tier", HERE)
-def test_a_loader_travels_to_a_spawned_process(bank: Bank, tier: Tier) -> None:
-    loader = BatchLoader(bank, layer=[1, 2], batch_size=8, seed=5, tier=tier)
-    next(iter(loader))
-    again = pickle.loads(pickle.dumps(loader))
-    assert (again.epoch, again.ring_bytes) == (1, 0)
-    rows = [batch.rows.tolist() for batch in again]
-    assert rows == [batch.rows.tolist() for batch in loader]
-
-
-def test_a_loader_works_in_a_spawned_process(quantised: Bank) -> None:
-    loader = BatchLoader(quantised, layer=1, batch_size=8, tier="direct")
-    expected = [batch.patches.sum().item() for batch in loader]
-    loader.epoch = 0
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(sums_of, (loader,)) == expected
-
-
-def sums_of(loader: BatchLoader) -> list[float]:
-    return [batch.patches.sum().item() for batch in loader]
-
-
-def test_an_opened_bank_travels_too(bank: Bank) -> None:
-    again = pickle.loads(pickle.dumps(bank))
-    assert again.fingerprint == bank.fingerprint
-    assert sum(len(batch.rows) for batch in BatchLoader(again)) == N_DONE
-
-
 def test_direct_reads_are_replaced_where_the_file_system_has_none(
     bank: Bank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -512,29 +324,37 @@ def random_configuration(generator: np.random.Generator, banks: list[Bank]) -> N
     seen = []
     for batch in loader if left else ():
         seen.append(batch.rows.tolist())
-        check_marks(bank, batch, layers)
+        check_tokens(bank, batch, layers)
         if len(seen) == left:
             break
     loader.resume(epoch, left)
     for batch in loader:
         assert (batch.epoch, batch.index) == (epoch, len(seen))
         seen.append(batch.rows.tolist())
-        check_marks(bank, batch, layers)
+        check_tokens(bank, batch, layers)
     assert len(seen) == len(loader)
     assert sorted(row for some in seen for row in some) == sorted(rows.tolist())
 
 
-_FIRST_TOKENS: dict[tuple[Path, int], np.ndarray] = {}
+_STORED: dict[tuple[Path, int, str], np.ndarray] = {}
 
 
-def check_marks(bank: Bank, batch: Batch, layers: list[int]) -> None:
+def stored(bank: Bank, layer: int, name: str) -> np.ndarray:
+    key = (bank.path, layer, name)
+    if key not in _STORED:
+        _STORED[key] = reference(bank, layer, name)
+    return _STORED[key]
+
+
+def check_tokens(bank: Bank, batch: Batch, layers: list[int]) -> None:
     for layer in layers:
-        key = (bank.path, layer)
-        if key not in _FIRST_TOKENS:
-            _FIRST_TOKENS[key] = reference(bank, layer, "patches")
-        raw = batch[layer].raw
-        assert raw is not None
-        np.testing.assert_array_equal(raw.numpy(), _FIRST_TOKENS[key][batch.rows])
+        tokens = batch[layer]
+        found = {"patches": tokens.raw, "prefix": tokens.prefix, **tokens.pooled}
+        assert found["patches"] is not None
+        for name, value in found.items():
+            if value is not None:
+                expected = stored(bank, layer, name)[batch.rows]
+                np.testing.assert_array_equal(value.numpy(), expected, name)
 
 
 def test_random_configurations_cover_every_row_once(bank: Bank, quantised: Bank) -> None:
@@ -552,7 +372,7 @@ def test_ten_thousand_random_configurations_cover_every_row_once(
     for _ in range(10_000):
         random_configuration(generator, [bank, quantised])
     assert n_descriptors() == before
-    assert not is_slow_to_end()
+    assert not reader_threads()
 
 
 def test_all_tiers_are_tested_or_need_a_gpu() -> None:

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from token_rows import read_rows
 
+from patchbank.pipeline.bank.direct import aligned_memory
 from patchbank.pipeline.bank.dtypes import STORED_TYPES
-from patchbank.pipeline.bank.memory import aligned_memory
-from patchbank.pipeline.bank.reader import RowPlaces
+from patchbank.pipeline.bank.places import RowPlaces
 from patchbank.pipeline.bank.row_files import RowFiles, reads_directly
 from patchbank.pipeline.bank.schema import TokenArray
 from patchbank.pipeline.errors import BankError

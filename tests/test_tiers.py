@@ -14,13 +14,13 @@ from audio_sets import write_clip_set
 from fake_bank import SETTINGS
 
 from patchbank.pipeline.bank import Bank, open_bank
-from patchbank.pipeline.bank.reader import RowPlaces
+from patchbank.pipeline.bank.places import RowPlaces
 from patchbank.pipeline.bank.row_files import reads_directly, resident_share
 from patchbank.pipeline.extraction import extract
 from patchbank.probing import BatchLoader, tiers
 from patchbank.probing.tiers import TierFacts, choose_tier, free_memory_bytes, look_at
 
-LARGE = TierFacts(n_bytes=100 * 2**30, free_bytes=64 * 2**30, is_direct_faster=True)
+LARGE = TierFacts(n_bytes=100 * 2**30, free_bytes=64 * 2**30, direct_keeps_up=True)
 MEDIUM = replace(LARGE, n_bytes=2**30)
 
 
@@ -34,35 +34,35 @@ def bank(tmp_path_factory: pytest.TempPathFactory) -> Bank:
 @pytest.mark.parametrize(
     ("facts", "said"),
     [
-        (LARGE, "direct: 100.0 GiB do not fit into half of 64.0 GiB of free memory"),
+        (LARGE, "direct: 100 GiB do not fit into half of 64 GiB of free memory"),
         (
-            replace(LARGE, is_direct_faster=False),
-            "read: 100.0 GiB do not fit into half of 64.0 GiB of free memory, and O_DIRECT is "
+            replace(LARGE, direct_keeps_up=False),
+            "read: 100 GiB do not fit into half of 64 GiB of free memory, and O_DIRECT is "
             "slower here",
         ),
         (
-            replace(LARGE, is_direct_faster=None),
-            "read: 100.0 GiB do not fit into half of 64.0 GiB of free memory, and O_DIRECT is not "
+            replace(LARGE, direct_keeps_up=None),
+            "read: 100 GiB do not fit into half of 64 GiB of free memory, and O_DIRECT is not "
             "to be had here",
         ),
-        (replace(LARGE, resident_share=0.2), "direct: 100.0 GiB do not fit into half of 64.0 GiB"),
-        (MEDIUM, "ram: 1.0 GiB fit into half of 64.0 GiB of free memory"),
-        (replace(MEDIUM, resident_share=0.95), "read: the page cache holds 95% of 1.0 GiB already"),
-        (replace(MEDIUM, reads_once=True), "direct: 1.0 GiB are read once"),
+        (replace(LARGE, resident_share=0.2), "direct: 100 GiB do not fit into half of 64 GiB"),
+        (MEDIUM, "ram: 1 GiB fit into half of 64 GiB of free memory"),
+        (replace(MEDIUM, resident_share=0.95), "read: the page cache holds 95% of 1 GiB already"),
+        (replace(MEDIUM, reads_once=True), "direct: 1 GiB are read once"),
         (
             replace(MEDIUM, reads_once=True, resident_share=1.0),
-            "read: the page cache holds 100% of 1.0 GiB already",
+            "read: the page cache holds 100% of 1 GiB already",
         ),
         (replace(MEDIUM, n_bytes=2**20, resident_share=1.0), "ram: 1 MiB are little"),
         (replace(MEDIUM, n_bytes=2**20, reads_once=True), "read: 1 MiB are little"),
         (replace(LARGE, row_bytes=4_096), "read: rows of 4 KiB are small"),
-        (replace(MEDIUM, free_bytes=0), "direct: 1.0 GiB do not fit into half of 0 MiB"),
+        (replace(MEDIUM, free_bytes=0), "direct: 1 GiB do not fit into half of 0 B"),
         (
             replace(MEDIUM, free_device_bytes=2 * 2**30),
-            "device: 1.0 GiB fit into half of 2.0 GiB on the GPU",
+            "device: 1 GiB fit into half of 2 GiB on the GPU",
         ),
-        (replace(MEDIUM, free_device_bytes=2**30), "ram: 1.0 GiB fit into half of 64.0 GiB"),
-        (replace(MEDIUM, n_bytes=0, free_device_bytes=2**30), "ram: 0 MiB are little"),
+        (replace(MEDIUM, free_device_bytes=2**30), "ram: 1 GiB fit into half of 64 GiB"),
+        (replace(MEDIUM, n_bytes=0, free_device_bytes=2**30), "ram: 0 B are little"),
     ],
 )
 def test_auto_chooses_by_size_memory_and_disk_and_says_why(facts: TierFacts, said: str) -> None:
@@ -70,7 +70,7 @@ def test_auto_chooses_by_size_memory_and_disk_and_says_why(facts: TierFacts, sai
 
 
 def test_a_loader_says_what_it_chose(bank: Bank) -> None:
-    assert str(BatchLoader(bank).choice) == "ram: 0 MiB are little"
+    assert str(BatchLoader(bank).choice) == "ram: 320 KiB are little"  # 40 rows and their CLS
     assert str(BatchLoader(bank, tier="map").choice) == "map: as asked"
 
 
@@ -83,10 +83,10 @@ def test_a_bank_larger_than_memory_is_looked_at_on_the_disk(
     facts = look_at([places], np.array([3, 20, 36]))
     assert facts.n_bytes == 3 * 4_096
     assert facts.resident_share == 0.0
-    assert facts.is_direct_faster in ((True, False) if reads_directly(places) else (None,))
+    assert (facts.direct_keeps_up is not None) == reads_directly(places)
     assert str(choose_tier(facts)) == "read: rows of 4 KiB are small"
     monkeypatch.setattr(tiers, "SMALL_ROW_BYTES", 0)
-    assert choose_tier(facts).tier == ("direct" if facts.is_direct_faster else "read")
+    assert choose_tier(facts).tier == ("direct" if facts.direct_keeps_up else "read")
     loader = BatchLoader(bank, layer=1)
     assert loader.choice.tier in ("direct", "read")
     assert sum(len(batch.rows) for batch in loader) == 40

@@ -22,8 +22,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from patchbank.pipeline.bank.archive import ArchiveFileWriter
+from patchbank.pipeline.bank.direct import aligned_memory
 from patchbank.pipeline.bank.layout import ALIGNMENT_BYTES, ShardLayout, crc32c
-from patchbank.pipeline.bank.memory import aligned_memory
 from patchbank.pipeline.bank.schema import BankSchema, create_skeleton
 from patchbank.pipeline.bank.writer import (
     BLOCK_BYTES,

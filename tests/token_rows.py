@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from patchbank.pipeline.bank.memory import aligned_memory
+from patchbank.pipeline.bank.direct import aligned_memory
 from patchbank.probing.row_readers import RowReader
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 import numpy as np
 from jaxtyping import UInt8
 
-from patchbank.pipeline.bank.memory import aligned_memory
+from patchbank.pipeline.bank.direct import aligned_memory
 
 
 class Block:

@@ -16,9 +16,7 @@ from patchbank.pipeline.bank.archive import archive_bytes
 from patchbank.pipeline.bank.assembly import CLIPS
 from patchbank.pipeline.bank.card import checked_schema, read_attributes
 from patchbank.pipeline.bank.clip_table import read_clips, read_status
-from patchbank.pipeline.bank.places import ADVICE as ADVICE
-from patchbank.pipeline.bank.places import RowPlaces as RowPlaces
-from patchbank.pipeline.bank.places import read_places
+from patchbank.pipeline.bank.places import ADVICE, RowPlaces, read_places
 from patchbank.pipeline.bank.quantised import ChannelConstants, load_constants
 from patchbank.pipeline.bank.schema import (
     FORMAT_VERSION,

@@ -14,19 +14,17 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Integer, UInt8
 
+from patchbank.pipeline.bank.direct import NOT_DIRECT, O_DIRECT, aligned_memory
 from patchbank.pipeline.bank.layout import ALIGNMENT_BYTES
-from patchbank.pipeline.bank.memory import aligned_memory
-from patchbank.pipeline.bank.reader import ADVICE, RowPlaces
+from patchbank.pipeline.bank.places import ADVICE, RowPlaces
 from patchbank.pipeline.errors import BankCorrupt, BankError
 
-O_DIRECT: int = getattr(os, "O_DIRECT", 0)
 MOST_OPEN_FILES = 512
 """Of one array, at most; a bank may have 18,000 shards."""
 _LIBC = ctypes.CDLL(None)
@@ -88,7 +86,11 @@ def check_present(places: RowPlaces, rows: Integer[np.ndarray, " row"]) -> None:
     """`BankError` for a row that is a hole."""
     is_hole = places.offset[rows] < 0
     if is_hole.any():
-        raise BankError(f"row {int(rows[np.argmax(is_hole)])} has no tokens: it is a hole")
+        raise _hole_error(int(rows[np.argmax(is_hole)]))
+
+
+def _hole_error(row: int) -> BankError:
+    return BankError(f"row {row} has no tokens: it is a hole")
 
 
 def read_error(path: Path, error: OSError) -> BankError:
@@ -115,7 +117,7 @@ def _runs(
     found = zip(rows.tolist(), places.offset[rows].tolist(), at.tolist(), strict=True)
     for row, its_offset, its_slot in found:
         if its_offset < 0:
-            raise BankError(f"row {row} has no tokens: it is a hole")
+            raise _hole_error(row)
         its_shard = row // places.rows_per_shard
         if (its_shard, its_offset, its_slot) == (shard, offset + n_rows * stride, slot + n_rows):
             n_rows += 1
@@ -132,17 +134,18 @@ def reads_directly(places: RowPlaces) -> bool:
     present = np.flatnonzero(places.offset >= 0)
     if not O_DIRECT or not len(present):
         return False
-    files, first = RowFiles(places, direct=True), int(present[0])
-    page = aligned_memory(ALIGNMENT_BYTES).data
+    first, page = int(present[0]), aligned_memory(ALIGNMENT_BYTES).data
+    path = places.files[places.shard_of(first)]
     try:
-        with files._descriptors.borrow(places.shard_of(first)) as descriptor:
+        descriptor = os.open(path, os.O_RDONLY | O_DIRECT)
+        try:
             return os.preadv(descriptor, [page], int(places.offset[first])) > 0
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        if error.errno in (errno.EINVAL, errno.ENOTSUP, errno.EPERM):
+        if error.errno in NOT_DIRECT:
             return False
-        raise read_error(places.files[places.shard_of(first)], error) from error
-    finally:
-        files.close()
+        raise read_error(path, error) from error
 
 
 def resident_share(places: RowPlaces, rows: Integer[np.ndarray, " row"]) -> float | None:
@@ -176,7 +179,6 @@ def _is_resident(path: Path, offset: int) -> bool | None:
             flag = ctypes.c_ubyte()
             address = ctypes.c_void_p(ctypes.addressof(ctypes.c_ubyte.from_buffer(page)))
             failed = _LIBC.mincore(address, ctypes.c_size_t(mmap.PAGESIZE), ctypes.byref(flag))
-            del address
     return None if failed else bool(flag.value & 1)
 
 
@@ -199,15 +201,6 @@ class _Descriptors:
         self._lock = threading.Lock()
         weakref.finalize(self, _close_all, self._open)
         _LIVE.add(self)
-
-    @contextmanager
-    def borrow(self, number: int) -> Iterator[int]:
-        """The descriptor of a file, which stays open meanwhile."""
-        file = self.acquire(number)
-        try:
-            yield file.descriptor
-        finally:
-            self.release(file)
 
     def acquire(self, number: int) -> _OpenFile:
         """An open file, until it is released."""

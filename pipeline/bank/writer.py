@@ -9,7 +9,6 @@ zarr-developers/zarr-python#3560), so the files are written here and checked aga
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -19,13 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from patchbank.pipeline.bank.blocks import Block, BlockRing
+from patchbank.pipeline.bank.direct import NOT_DIRECT, O_DIRECT
 from patchbank.pipeline.bank.layout import ShardLayout, crc32c, encode_index
 
 BLOCK_BYTES = 2**20
 """About how much is written at once: whole rows, at least one."""
 BLOCKS_PER_FILE = 4
-NOT_DIRECT = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
-"""What a file system without O_DIRECT answers."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +161,7 @@ class ShardFileWriter:
                 _write_at(self._direct, block.data(), offset)
                 return
             except OSError as error:
-                if error.errno != errno.EINVAL:
+                if error.errno not in NOT_DIRECT:
                     raise
                 self._is_direct = False
         _write_at(self._descriptor, block.data(), offset)
@@ -210,11 +208,10 @@ def _ring(layout: ShardLayout, n_rows: int, threads: ThreadPoolExecutor) -> Bloc
 
 def _open_direct(path: Path) -> int | None:
     """A descriptor that writes past the page cache, where the file system has it."""
-    flag = getattr(os, "O_DIRECT", None)
-    if flag is None:
+    if not O_DIRECT:
         return None
     try:
-        return os.open(path, os.O_WRONLY | flag)
+        return os.open(path, os.O_WRONLY | O_DIRECT)
     except OSError as error:
         if error.errno not in NOT_DIRECT:
             raise

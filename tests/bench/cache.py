@@ -12,6 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from patchbank.pipeline.bank.direct import aligned_memory
+from patchbank.probing.tiers import free_memory_bytes
+
 BLOCK_BYTES = 2**23
 DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -82,25 +85,9 @@ def touch_memory(share: float = 0.6) -> int:
     In a virtual machine memory that was never used comes from the host page by page, ten times
     slower than a disk: whichever reader came first would pay for it.
     """
-    n_bytes = int(share * free_bytes()) // BLOCK_BYTES * BLOCK_BYTES
-    memory = mmap.mmap(-1, n_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # kernels without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    for start in range(0, n_bytes, mmap.PAGESIZE):
-        memory[start] = 1
-    memory.close()
+    n_bytes = int(share * free_memory_bytes())
+    aligned_memory(n_bytes)[:: mmap.PAGESIZE] = 1
     return n_bytes
-
-
-def free_bytes() -> int:
-    """Memory that is free now, within the limit of this process's control group."""
-    lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-    free = int(dict(line.split(":", 1) for line in lines)["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):  # no such group, or "max": no limit
-        limit = int((group / "memory.max").read_text())
-        free = min(free, limit - int((group / "memory.current").read_text()))
-    return free
 
 
 def resident_bytes() -> int:

@@ -29,8 +29,7 @@ from synthetic_bank import make_bank
 
 from patchbank.pipeline.bank import open_bank
 from patchbank.pipeline.bank.schema import DONE
-from patchbank.pipeline.plan import human_bytes
-from patchbank.pipeline.specs import Json
+from patchbank.pipeline.specs import Json, human_bytes
 from patchbank.probing import BatchLoader
 from patchbank.probing.plan import batches
 from patchbank.probing.tiers import Tier

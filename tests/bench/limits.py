@@ -15,7 +15,7 @@ from cache import make_cold, make_warm
 from clips import N_MARKS, SyntheticClips
 from reading import BATCH_SIZE, Order, Sample, WrongData
 
-from patchbank.pipeline.bank.memory import aligned_memory
+from patchbank.pipeline.bank.direct import aligned_memory
 
 
 def touched_memory(n_bytes: int) -> np.ndarray:

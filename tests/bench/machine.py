@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from cache import free_bytes
+from patchbank.probing.tiers import free_memory_bytes
 
 PACKAGES = (
     "patchbank",
@@ -33,7 +33,7 @@ def machine_facts(folder: Path) -> dict[str, Any]:
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "ram_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "free_ram_bytes": free_bytes(),
+        "free_ram_bytes": free_memory_bytes(),
         "load_average": os.getloadavg()[0],
         "kernel": platform.release(),
         "python": platform.python_version(),

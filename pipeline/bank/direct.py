@@ -1,13 +1,19 @@
-"""Memory that a disk can read and write without a copy."""
+"""Past the page cache: the flag, how its refusal looks, and memory that it takes."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
+import os
 
 import numpy as np
 from jaxtyping import UInt8
 
+O_DIRECT: int = getattr(os, "O_DIRECT", 0)
+"""0 where the platform has no such flag."""
+NOT_DIRECT = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What a file system without O_DIRECT answers, when a file is opened or when it is used."""
 HUGE_PAGE_BYTES = 2 * 2**20
 
 
