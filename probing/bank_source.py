@@ -149,8 +149,8 @@ class BankSource:
             raise BankError(f"found device {self.device}, expected cpu or cuda")
         if tier == "device" and self.device.type == "cpu":
             raise BankError(
-                'the tier "device" keeps tokens on a GPU, and the device is the CPU; use '
-                'device="cuda", or the tier "ram"'
+                'the tier "device" keeps tokens on a GPU, and the device is the CPU; choose '
+                'the device "cuda", or the tier "ram"'
             )
 
     def _counts_all(self, bank: Bank, layer: int) -> bool:
