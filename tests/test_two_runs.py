@@ -20,12 +20,14 @@ from crash_banks import (
     check_finished,
     committed_files,
     make_undisturbed,
+    n_committed,
 )
 from killable import Moment, Run
 
 from patchbank.pipeline.bank import open_bank
 from patchbank.pipeline.bank.commit import commit, open_attempt
 from patchbank.pipeline.bank.verify import verify_bank
+from patchbank.pipeline.workers import SHARDS_PER_WORKER
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +35,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Undisturbe
     yield from make_undisturbed(tmp_path_factory.mktemp("undisturbed"))
 
 
-def n_begun(*runs: Run) -> int:
-    """Shards that runs with `lists_changes` have begun."""
-    attempt = r"(?m)^os\.mkdir .*/\.work/(0\w+\.\w+)$"
-    return len({name for run in runs for name in re.findall(attempt, run.text())})
+def shards_begun(run: Run) -> list[str]:
+    """The shards that a run with `lists_changes` has begun, each as often as it did."""
+    attempts = set(re.findall(r"(?m)^os\.mkdir .*/\.work/(0\w+\.\w+)$", run.text()))
+    return [attempt.partition(".")[0] for attempt in attempts]
 
 
 @pytest.mark.parametrize("table", [SHORT, LONG])
@@ -46,26 +48,27 @@ def test_two_runs_on_one_bank_share_the_work_and_end_with_one_seal(
     bank = tmp_path / "x.bank"
     if table == LONG:
         shutil.copytree(undisturbed.short_bank, bank)
-    # The first is held where it begins a shard, until the second has begun its own.
-    runs = [
-        undisturbed.forks.start(
-            undisturbed.table(table),
-            bank,
-            lists_changes=True,
-            at=Moment(r"^os\.mkdir \S*/\.work/0\w+\.\w+/layers/1/patches$", stops=True),
-        )
-        for _ in range(2)
-    ]
-    for run in runs:
+    n_shards = (N_CLIPS[LONG] - N_CLIPS[SHORT] if table == LONG else N_CLIPS[SHORT]) // 16
+
+    def start(moment: str) -> Run:
+        at = Moment(moment, stops=True)
+        run = undisturbed.forks.start(undisturbed.table(table), bank, lists_changes=True, at=at)
         run.wait_until_stopped()
-    for run in runs:
+        return run
+
+    # The first sleeps where it writes a shard. The second does the others, and that one last.
+    first = start(r"^os\.mkdir \S*/\.work/0\w+\.\w+/layers")
+    (held,) = set(re.findall(r"/\.work/(0\w+)\.\w+/layers", first.text()))
+    second = start(rf"^os\.mkdir \S*/\.work/{held}\.\w+$")
+    folder = bank / ".work/next" if table == LONG else bank
+    assert n_committed(folder) >= n_shards - SHARDS_PER_WORKER
+    for run in (first, second):
         run.go_on()
-    assert [run.wait() for run in runs] == [0, 0], [run.text() for run in runs]
+    assert [first.wait(), second.wait()] == [0, 0], [first.text(), second.text()]
     check_finished(bank, undisturbed.long if table == LONG else undisturbed.short)
-    n_shards = open_bank(bank).schema.n_shards - (N_CLIPS[SHORT] // 16 if table == LONG else 0)
-    print(f"{n_begun(*runs)} of {n_shards} shards were begun")
-    # What both begin at the same moment, or at the end, is done twice.
-    assert n_shards <= n_begun(*runs) < 2 * n_shards
+    assert len(shards_begun(first)) <= SHARDS_PER_WORKER
+    assert len(shards_begun(second)) == len(set(shards_begun(second))) <= n_shards
+    assert len({*shards_begun(first), *shards_begun(second)}) == n_shards
 
 
 SLEEPS = {
