@@ -89,13 +89,13 @@ def rows_of_bank(artefact: ProbeArtefact, path: Path) -> Iterator[Row]:
 
 def open_stream(artefact: ProbeArtefact, *, weights: Path | None, device: str) -> TokenStream:
     """The probe's encoder and its bank's settings; `BankMismatch` for other weights."""
-    from patchbank.pipeline.encoders import load_encoder
+    from patchbank.pipeline.encoders import reload_encoder
     from patchbank.pipeline.environment import choose_device
     from patchbank.pipeline.specs import WindowSpec
     from patchbank.pipeline.stream import TokenStream
 
     chosen = choose_device(device)
-    encoder = load_encoder(str(artefact.encoder["name"]), weights=weights, device=chosen)
+    encoder = reload_encoder(artefact.encoder, weights=weights, device=chosen)
     artefact.check_encoder(encoder.spec.identity(), encoder.spec.encoder_id)
     assert artefact.layer is not None
     return TokenStream(

@@ -43,7 +43,7 @@ from patchbank.pipeline.bank.writer import (
     write_durably,
     writer_threads,
 )
-from patchbank.pipeline.encoders import load_encoder
+from patchbank.pipeline.encoders import reload_encoder
 from patchbank.pipeline.encoders.base import TokenMap
 from patchbank.pipeline.environment import choose_device, environment
 from patchbank.pipeline.errors import (
@@ -107,10 +107,9 @@ class ShardExtractor:
                 "them under that path"
             )
         self._device = choose_device(job.device)
-        self._encoder = load_encoder(
-            job.recipe.encoder.name, weights=job.weights, device=self._device
-        )
-        found, expected = self._encoder.spec.identity(), job.recipe.encoder.identity()
+        expected = job.recipe.encoder.identity()
+        self._encoder = reload_encoder(expected, weights=job.weights, device=self._device)
+        found = self._encoder.spec.identity()
         if found != expected:
             raise BankMismatch(
                 f"the encoder that this worker loads from {job.weights} is another one",

@@ -1,45 +1,84 @@
-"""The encoders that patchbank knows by name."""
+"""The encoders that patchbank knows by name, and how one is loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from patchbank.pipeline.encoders.catalogue import ENCODERS
 from patchbank.pipeline.errors import EncoderError
+from patchbank.pipeline.specs import Json
 
 if TYPE_CHECKING:
     import torch
 
     from patchbank.pipeline.encoders.base import Encoder
 
-ENCODER_MODULES = {
-    "efficientat": "patchbank.pipeline.encoders.efficientat",
-    "fake": "patchbank.pipeline.encoders.fake",
-    "logmel": "patchbank.pipeline.encoders.logmel",
-    "tiny": "patchbank.pipeline.encoders.tiny",
-    "tiny-random": "patchbank.pipeline.encoders.tiny_random",
-}
-"""Name -> module with `load(weights, device)`, `LICENCE` and a docstring that describes it."""
-
 
 def encoder_names() -> list[str]:
     """Names that `load_encoder` takes."""
-    return sorted(ENCODER_MODULES)
+    return sorted(ENCODERS)
 
 
 def load_encoder(
-    name: str, *, weights: Path | str | None = None, device: torch.device | str = "cpu"
+    name: str,
+    *,
+    weights: Path | str | None = None,
+    device: torch.device | str = "cpu",
+    preset: str | None = None,
+    frontend: Mapping[str, Any] | None = None,
 ) -> Encoder:
     """The encoder `name` with its weights, in evaluation mode on `device`.
 
-    `weights` is the publisher's own file; encoders with bundled weights or none take None.
-    Raises `EncoderError` for an unknown name, a missing file or weights that do not fit.
+    `weights` is the publisher's own file or folder; encoders with bundled weights or none take
+    None. `preset` names a convention for the front end ("published" where it is None) and
+    `frontend` changes single constants of it; both end in `spec.frontend`. Raises `EncoderError`
+    for an unknown name, a missing file, weights that do not fit, or constants that do not exist.
     """
-    if name not in ENCODER_MODULES:
+    load = _loader(name)
+    options: dict[str, Any] = {}
+    if preset is not None:
+        options["preset"] = preset
+    if frontend:
+        options["frontend"] = frontend
+    if options and not _takes_frontend(load):
+        raise EncoderError(f"the front end of {name} has no presets or constants to choose")
+    return _load(load, weights, device, options)
+
+
+def reload_encoder(
+    description: Json, *, weights: Path | str | None, device: torch.device | str
+) -> Encoder:
+    """The encoder that `EncoderSpec.identity()` describes, as far as `weights` are the same.
+
+    The caller compares identities. Raises what `load_encoder` does.
+    """
+    load = _loader(str(description["name"]))
+    options = {"frontend": description["frontend"]} if _takes_frontend(load) else {}
+    return _load(load, weights, device, options)
+
+
+def _loader(name: str) -> Callable[..., Encoder]:
+    if name not in ENCODERS:
         raise EncoderError(f"unknown encoder {name!r}; there are: {', '.join(encoder_names())}")
+    load: Callable[..., Encoder] = import_module(ENCODERS[name].module).load
+    return load
+
+
+def _takes_frontend(load: Callable[..., Encoder]) -> bool:
+    return "frontend" in signature(load).parameters
+
+
+def _load(
+    load: Callable[..., Encoder],
+    weights: Path | str | None,
+    device: torch.device | str,
+    options: dict[str, Any],
+) -> Encoder:
     path = None if weights is None else Path(weights)
     if path is not None and not path.exists():
         raise EncoderError(f"no weights at {path}; give the path of the checkpoint file")
-    encoder: Encoder = import_module(ENCODER_MODULES[name]).load(path, device)
-    return encoder
+    return load(path, device, **options)
