@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 def encoder_names() -> list[str]:
     """Names that `load_encoder` takes."""
-    return sorted(ENCODERS)
+    fine_tuned = [f"{name}+" for name, entry in ENCODERS.items() if entry.has_fine_tuned]
+    return sorted([*ENCODERS, *fine_tuned])
 
 
 def load_encoder(
@@ -34,9 +35,10 @@ def load_encoder(
     """The encoder `name` with its weights, in evaluation mode on `device`.
 
     `weights` is the publisher's own file or folder; encoders with bundled weights or none take
-    None. `preset` names a convention for the front end ("published" where it is None) and
-    `frontend` changes single constants of it; both end in `spec.frontend`. Raises `EncoderError`
-    for an unknown name, a missing file, weights that do not fit, or constants that do not exist.
+    None. A fine-tuned file gives an encoder whose name ends in +; a name with + takes no other.
+    `preset` names a convention for the front end ("published" where it is None) and `frontend`
+    changes single constants of it; both end in `spec.frontend`. Raises `EncoderError` for an
+    unknown name, a missing file, weights that do not fit, or constants that do not exist.
     """
     load = _loader(name)
     options: dict[str, Any] = {}
@@ -46,7 +48,13 @@ def load_encoder(
         options["frontend"] = frontend
     if options and not _takes_frontend(load):
         raise EncoderError(f"the front end of {name} has no presets or constants to choose")
-    return _load(load, weights, device, options)
+    encoder = _load(load, weights, device, options)
+    if name.endswith("+") and encoder.spec.name != name:
+        raise EncoderError(
+            f"{weights} holds pre-trained weights of {encoder.spec.name}, expected fine-tuned "
+            f"ones; ask for {encoder.spec.name}, or give the fine-tuned file"
+        )
+    return encoder
 
 
 def reload_encoder(
@@ -62,9 +70,9 @@ def reload_encoder(
 
 
 def _loader(name: str) -> Callable[..., Encoder]:
-    if name not in ENCODERS:
+    if name not in encoder_names():
         raise EncoderError(f"unknown encoder {name!r}; there are: {', '.join(encoder_names())}")
-    load: Callable[..., Encoder] = import_module(ENCODERS[name].module).load
+    load: Callable[..., Encoder] = import_module(ENCODERS[name.removesuffix("+")].module).load
     return load
 
 

@@ -28,6 +28,8 @@ class EncoderEntry:
     weights: str
     """Where the weights are had; empty where none are needed."""
     notes: str = ""
+    has_fine_tuned: bool = False
+    """Whether fine-tuned files load too; then the encoder's name is this one with a +."""
 
 
 def _entry(
@@ -42,12 +44,106 @@ def _entry(
     n_layers: int,
     weights: str = "",
     notes: str = "",
+    has_fine_tuned: bool = False,
 ) -> EncoderEntry:
     path = f"{PACKAGE}.{module}"
-    return EncoderEntry(name, path, summary, licence, rate, grid, dim, n_layers, weights, notes)
+    return EncoderEntry(
+        name, path, summary, licence, rate, grid, dim, n_layers, weights, notes, has_fine_tuned
+    )
 
 
 _ENTRIES = (
+    _entry(
+        "asit",
+        "asit",
+        "ASiT: local and global self-supervision on AudioSet; the teacher.",
+        licence="not stated",
+        grid="64 x 8 of 10 s, 37 x 8 of 6 s",
+        dim=768,
+        n_layers=12,
+        weights="https://github.com/Sara-Ahmed/ASiT",
+        notes="no licence in the publisher's repository: ask before passing tokens on",
+    ),
+    _entry(
+        "audiomae",
+        "audiomae",
+        "AudioMAE: a masked autoencoder on AudioSet.",
+        licence="CC-BY-NC-4.0",
+        grid="64 x 8 of 10 s",
+        dim=768,
+        n_layers=12,
+        weights="https://github.com/facebookresearch/AudioMAE",
+        notes="non-commercial by the repository's LICENSE file (its README says CC-BY-4.0)",
+        has_fine_tuned=True,
+    ),
+    _entry(
+        "bat",
+        "bat",
+        "BAT: EAT with gated attention, trained on AudioSet.",
+        licence="MIT",
+        grid="64 x 8 of 10 s",
+        dim=768,
+        n_layers=12,
+        weights="hf:lrauch/BAT-vit-b16-pretrainedAS2M",
+        has_fine_tuned=True,
+    ),
+    _entry(
+        "beats",
+        "beats",
+        "BEATs: pre-training with acoustic tokenizers on AudioSet; no CLS.",
+        licence="MIT",
+        grid="62 x 8 of 10 s",
+        dim=768,
+        n_layers=12,
+        weights="https://github.com/microsoft/unilm/tree/master/beats",
+        has_fine_tuned=True,
+    ),
+    _entry(
+        "bird-mae",
+        "bird_mae",
+        "Bird-MAE: a masked autoencoder on bird recordings, 5 s clips.",
+        licence="not stated",
+        rate=32_000,
+        grid="32 x 8 of 5 s",
+        dim=768,
+        n_layers=12,
+        weights="hf:DBD-research-group/Bird-MAE-Base (also -Large, -Huge)",
+        notes="no licence in the publisher's repository: ask before passing tokens on",
+        has_fine_tuned=True,
+    ),
+    _entry(
+        "dasheng",
+        "dasheng",
+        "Dasheng: a masked autoencoder on 272,000 hours of audio; no CLS.",
+        grid="250 x 1 of 10 s",
+        dim=768,
+        n_layers=12,
+        weights="https://zenodo.org/records/11511780, hf:mispeech/dasheng-base",
+        notes="0.6B and 1.2B load too",
+    ),
+    _entry(
+        "eat",
+        "eat",
+        "EAT: an efficient audio transformer, utterance and frame objectives on AudioSet.",
+        licence="MIT",
+        grid="64 x 8 of 10 s",
+        dim=768,
+        n_layers=12,
+        weights="https://github.com/cwx-worst-one/EAT, hf:worstchan/EAT-base_epoch30_pretrain",
+        notes="EAT-large loads too",
+        has_fine_tuned=True,
+    ),
+    _entry(
+        "sslam",
+        "sslam",
+        "SSLAM: EAT trained on mixtures of sounds.",
+        licence="MIT",
+        grid="64 x 8 of 10 s",
+        dim=768,
+        n_layers=12,
+        weights="hf:ta012/SSLAM_pretrain, https://github.com/ta012/SSLAM",
+        has_fine_tuned=True,
+    ),
     _entry(
         "efficientat",
         "efficientat",

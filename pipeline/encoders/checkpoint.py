@@ -1,0 +1,227 @@
+"""Reads publishers' weight files, safely, and fits them to a network, strictly.
+
+Safetensors files, and torch files with `weights_only=True`: tensors, plain containers and exactly
+two classes that the published files hold, `argparse.Namespace` and `pathlib.PosixPath`. Nothing of
+a file is ever executed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from patchbank.pipeline.errors import EncoderError
+from patchbank.pipeline.specs import Json
+
+ALLOWED_CLASSES: list[Any] = [argparse.Namespace, pathlib.PosixPath]
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
+"""Names of the weights in a folder of the Hugging Face hub, beside config.json."""
+SHOWN_KEYS = 3
+Network = TypeVar("Network", bound=nn.Module)
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a weight file holds."""
+
+    path: Path
+    """The weight file, inside its folder where a folder was given."""
+    content: Mapping[str, Any]
+    """Its top level."""
+    config: Json
+    """config.json of a folder; empty where there is none."""
+    sha256: str
+    """Of the weight file's bytes."""
+    expected: str
+    """What the encoder takes, for error messages."""
+
+    def section(self, *names: str) -> Mapping[str, Any]:
+        """The first of these entries that is a mapping, or the top level itself."""
+        for name in names:
+            value = self.content.get(name)
+            if isinstance(value, Mapping):
+                return value
+        return self.content
+
+    def error(self, found: str) -> EncoderError:
+        """An error about this file."""
+        return EncoderError(f"{self.path}: {found}; expected {self.expected}")
+
+
+def read_checkpoint(path: Path | None, *, encoder: str, expected: str) -> Checkpoint:
+    """The file at `path`, or the weights of the folder there.
+
+    Raises `EncoderError` where there is none, it cannot be read, or it holds more than tensors,
+    plain containers and `ALLOWED_CLASSES`.
+    """
+    if path is None:
+        raise EncoderError(
+            f"{encoder} has no bundled weights; pass --weights with {expected}; see `patchbank "
+            "encoders`"
+        )
+    file, config = _in_folder(path, expected) if path.is_dir() else (path, {})
+    try:
+        # Of the file as it is read: it may be replaced meanwhile.
+        with file.open("rb") as stream:
+            sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise EncoderError(f"cannot read weights {file}: {reason}; expected {expected}") from error
+    return Checkpoint(file, _content(file, expected), config, sha256, expected)
+
+
+def _in_folder(folder: Path, expected: str) -> tuple[Path, Json]:
+    for name in FOLDER_FILES:
+        if (folder / name).is_file():
+            return folder / name, _config(folder / "config.json")
+    raise EncoderError(
+        f"{folder} holds neither {' nor '.join(FOLDER_FILES)}; expected {expected}; give the "
+        "weight file itself"
+    )
+
+
+def _config(path: Path) -> Json:
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise EncoderError(f"cannot read {path}: {error}; download the folder again") from error
+    if not isinstance(config, dict):
+        raise EncoderError(f"{path} holds a {type(config).__name__}, expected an object")
+    return config
+
+
+def _content(path: Path, expected: str) -> Mapping[str, Any]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals(ALLOWED_CLASSES):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except (SafetensorError, Exception) as error:  # what unpickling garbage raises is not bounded
+        reason = str(error).splitlines()[0][:200] if str(error) else ""
+        raise EncoderError(
+            f"{path} ({path.stat().st_size} bytes) is damaged, or holds more than tensors and "
+            f"plain settings, which is never loaded ({type(error).__name__}: {reason}); expected "
+            f"{expected}; download it again"
+        ) from error
+    if not isinstance(content, Mapping):
+        raise EncoderError(f"{path} holds a {type(content).__name__}; expected {expected}")
+    return content
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether it is torch's own archive, whose tensors need not be read to be looked at."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def tensors_of(section: Mapping[str, Any]) -> State:
+    """The tensors among some entries; nested ones such as an `_ema` are left out."""
+    return {str(key): value for key, value in section.items() if isinstance(value, Tensor)}
+
+
+def without_prefix(state: Mapping[str, Tensor], *prefixes: str) -> State:
+    """The state with each prefix, in this order, cut off the keys that begin with it.
+
+    Keys without it stay as they are: a file may hold a head beside its encoder.
+    """
+    for prefix in prefixes:
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return dict(state)
+
+
+def without(state: Mapping[str, Tensor], *parts: str) -> State:
+    """The state without the keys that begin with one of `parts`: decoders, heads."""
+    return {key: value for key, value in state.items() if not key.startswith(parts)}
+
+
+def depth_of(state: Mapping[str, Any], blocks: str = "blocks") -> int:
+    """How many blocks there are keys for."""
+    numbers = {key.split(".")[1] for key in state if key.startswith(f"{blocks}.")}
+    return sum(number.isdecimal() for number in numbers)
+
+
+def shape_of(checkpoint: Checkpoint, state: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
+    """The shape of a tensor that says how large the network is."""
+    if key not in state:
+        listed = ", ".join(list(state)[:SHOWN_KEYS]) or "no tensors"
+        raise checkpoint.error(f"there is no {key} (it holds {listed} ...)")
+    return tuple(state[key].shape)
+
+
+def heads_of(checkpoint: Checkpoint, dim: int, given: object = None) -> int:
+    """Attention heads, which no tensor shows: as given, or 64 channels each (80 in ViT-H).
+
+    Raises `EncoderError` where the channels cannot be shared among them.
+    """
+    heads = given if isinstance(given, int) else 16 if dim == 1280 else max(1, dim // 64)
+    if heads < 1 or dim % heads:
+        raise checkpoint.error(f"{dim} channels do not make {heads} attention heads")
+    return heads
+
+
+def fit(
+    checkpoint: Checkpoint, state: Mapping[str, Tensor], build: Callable[[], Network]
+) -> Network:
+    """The network that `build` makes with the weights of `state`, which fit it exactly.
+
+    It comes in float32 and evaluation mode, without gradients. Raises `EncoderError` with the
+    missing, unexpected and mis-shaped keys.
+    """
+    with torch.device("meta"):
+        network = build()
+    expected = network.state_dict()
+    check_fit(checkpoint, state, expected)
+    # A copy: tensors of a file that is mapped would change with it.
+    prepared = {key: _prepared(value) for key, value in state.items()}
+    network.load_state_dict(prepared, strict=True, assign=True)
+    network.eval().requires_grad_(False)
+    return network
+
+
+def check_fit(
+    checkpoint: Checkpoint, state: Mapping[str, Any], expected: Mapping[str, Tensor]
+) -> None:
+    """Raises `EncoderError` where keys or shapes differ, naming them."""
+    missing = [key for key in expected if key not in state]
+    unexpected = [str(key) for key in state if key not in expected]
+    misshaped = [
+        f"{key} {_describe(state[key])} for {tuple(expected[key].shape)}"
+        for key in expected
+        if key in state and _describe(state[key]) != str(tuple(expected[key].shape))
+    ]
+    if missing or unexpected or misshaped:
+        raise checkpoint.error(
+            f"does not fit: {_listed('missing', missing)}; {_listed('unexpected', unexpected)}; "
+            f"{_listed('mis-shaped', misshaped)}"
+        )
+
+
+def _prepared(value: Tensor) -> Tensor:
+    if value.is_floating_point():
+        return value.to(torch.float32, copy=True).contiguous()
+    return value.clone()
+
+
+def _describe(value: object) -> str:
+    return str(tuple(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _listed(kind: str, keys: Sequence[str]) -> str:
+    if not keys:
+        return f"0 {kind}"
+    more = ", ..." if len(keys) > SHOWN_KEYS else ""
+    return f"{len(keys)} {kind} ({', '.join(keys[:SHOWN_KEYS])}{more})"
