@@ -18,7 +18,7 @@ from patchbank.pipeline.encoders.checkpoint import (
     without,
     without_prefix,
 )
-from patchbank.pipeline.encoders.frontend_settings import PUBLISHED, choose_settings
+from patchbank.pipeline.encoders.frontend import PUBLISHED, choose_settings
 from patchbank.pipeline.encoders.kaldi import KaldiSettings
 from patchbank.pipeline.encoders.patch_encoder import PatchEncoder
 from patchbank.pipeline.encoders.vit import vit_encoder

@@ -27,7 +27,7 @@ from patchbank.pipeline.encoders.checkpoint import (
     without_prefix,
 )
 from patchbank.pipeline.encoders.decibel import PER_CLIP_RANGE, DecibelFrontEnd, DecibelSettings
-from patchbank.pipeline.encoders.frontend_settings import BAT, PUBLISHED, choose_settings
+from patchbank.pipeline.encoders.frontend import BAT, PUBLISHED, choose_settings
 from patchbank.pipeline.encoders.patch_encoder import N_BANDS, PatchEncoder
 from patchbank.pipeline.encoders.post_norm import NORM_EPS, PostNormNetwork
 

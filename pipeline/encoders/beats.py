@@ -23,7 +23,7 @@ from patchbank.pipeline.encoders.checkpoint import (
     tensors_of,
     without,
 )
-from patchbank.pipeline.encoders.frontend_settings import BAT, PUBLISHED, choose_settings
+from patchbank.pipeline.encoders.frontend import BAT, PUBLISHED, choose_settings
 from patchbank.pipeline.encoders.kaldi import ZERO_AFTER, KaldiFrontEnd, KaldiSettings
 from patchbank.pipeline.encoders.patch_encoder import PATCH, PatchEncoder
 

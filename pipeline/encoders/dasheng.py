@@ -30,7 +30,7 @@ from patchbank.pipeline.encoders.checkpoint import (
     without_prefix,
 )
 from patchbank.pipeline.encoders.decibel import DecibelFrontEnd, DecibelSettings
-from patchbank.pipeline.encoders.frontend_settings import PUBLISHED, choose_settings
+from patchbank.pipeline.encoders.frontend import PUBLISHED, choose_settings
 from patchbank.pipeline.encoders.patch_encoder import AFTER_NORM, PatchEncoder, TokenNetwork
 from patchbank.pipeline.errors import EncoderError
 from patchbank.pipeline.specs import Grid

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from patchbank.pipeline.encoders.kaldi import full_precision
+from patchbank.pipeline.encoders.frontend import FrontEnd
 from patchbank.pipeline.errors import EncoderError
 
 RAW = "decibels"
@@ -72,7 +72,7 @@ class DecibelSettings:
         return max(self.length, whole)
 
 
-class DecibelFrontEnd(nn.Module):
+class DecibelFrontEnd(FrontEnd):
     """Waveforms in, decibels in mel bands out, padded to whole patches."""
 
     window: Tensor
@@ -92,20 +92,7 @@ class DecibelFrontEnd(nn.Module):
         filters = _mel_bank(settings) if bank is None else bank
         self.register_buffer("bank", filters, persistent=False)
 
-    def n_frames(self, n_samples: int) -> int:
-        """Frames of a waveform of `n_samples`; `EncoderError` where it is too short."""
-        return self.settings.n_frames(n_samples)
-
-    def forward(self, waveform: Float[Tensor, "batch sample"]) -> Float[Tensor, "batch time freq"]:
-        """Frames of float32 waveforms at `sample_rate_hz`."""
-        with torch.no_grad(), full_precision(waveform.device):
-            if waveform.device.type == "cpu":
-                return torch.cat([self._features(clip) for clip in waveform.split(1)])
-            return self._features(waveform)
-
-    def _features(
-        self, waveform: Float[Tensor, "batch sample"]
-    ) -> Float[Tensor, "batch time freq"]:
+    def features(self, waveform: Float[Tensor, "batch sample"]) -> Float[Tensor, "batch time freq"]:
         settings = self.settings
         n_frames = self.n_frames(waveform.shape[1])
         decibels = self.decibels(waveform)

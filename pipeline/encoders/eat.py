@@ -27,7 +27,7 @@ from patchbank.pipeline.encoders.checkpoint import (
     without,
     without_prefix,
 )
-from patchbank.pipeline.encoders.frontend_settings import BAT, PUBLISHED, choose_settings
+from patchbank.pipeline.encoders.frontend import BAT, PUBLISHED, choose_settings
 from patchbank.pipeline.encoders.kaldi import ZERO_AFTER, KaldiFrontEnd, KaldiSettings
 from patchbank.pipeline.encoders.patch_encoder import PatchEncoder
 from patchbank.pipeline.encoders.post_norm import NORM_EPS, PostNormNetwork

@@ -7,15 +7,14 @@ steps in the same order give the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
+from patchbank.pipeline.encoders.frontend import FrontEnd
 from patchbank.pipeline.errors import EncoderError
 
 ZERO_BEFORE = "zeros before normalising"
@@ -105,7 +104,7 @@ class KaldiSettings:
         return found + self.patch_frames - rest
 
 
-class KaldiFrontEnd(nn.Module):
+class KaldiFrontEnd(FrontEnd):
     """Waveforms in, normalised log-mel frames of a fixed number out."""
 
     window: Tensor
@@ -117,21 +116,7 @@ class KaldiFrontEnd(nn.Module):
         self.register_buffer("window", _window(settings), persistent=False)
         self.register_buffer("bank", _mel_bank(settings), persistent=False)
 
-    def n_frames(self, n_samples: int) -> int:
-        """Frames of a waveform of `n_samples`; `EncoderError` where it is too short."""
-        return self.settings.n_frames(n_samples)
-
-    def forward(self, waveform: Float[Tensor, "batch sample"]) -> Float[Tensor, "batch time freq"]:
-        """Frames of float32 waveforms at `sample_rate_hz`, padded and normalised."""
-        with torch.no_grad(), full_precision(waveform.device):
-            if waveform.device.type == "cpu":
-                # A batch of spectra falls out of the caches: one by one is three times faster.
-                return torch.cat([self._features(clip) for clip in waveform.split(1)])
-            return self._features(waveform)
-
-    def _features(
-        self, waveform: Float[Tensor, "batch sample"]
-    ) -> Float[Tensor, "batch time freq"]:
+    def features(self, waveform: Float[Tensor, "batch sample"]) -> Float[Tensor, "batch time freq"]:
         settings = self.settings
         if settings.removes_mean:
             waveform = waveform - clip_means(waveform)
@@ -179,22 +164,6 @@ def fit_length(
             fill = log_mel.amin((1, 2), keepdim=True)
         log_mel = torch.cat([log_mel, fill.expand(shape)], 1)
     return (log_mel - settings.mean) / settings.divisor
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Autocast and TF32 off: a spectrogram's quiet cells do not survive ten bits."""
-    with torch.autocast(device.type, enabled=False):
-        if device.type != "cuda":
-            yield
-            return
-        matmul = torch.backends.cuda.matmul
-        before = matmul.fp32_precision
-        matmul.fp32_precision = "ieee"
-        try:
-            yield
-        finally:
-            matmul.fp32_precision = before
 
 
 def _window(settings: KaldiSettings) -> Float[Tensor, " sample"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from patchbank.pipeline.encoders.base import RESAMPLER, TokenMap
 from patchbank.pipeline.encoders.catalogue import ENCODERS
 from patchbank.pipeline.encoders.checkpoint import Checkpoint
+from patchbank.pipeline.encoders.frontend import FrontEnd
 from patchbank.pipeline.errors import EncoderError
 from patchbank.pipeline.specs import EncoderSpec, Grid, Json, LayerSpec
 
@@ -21,19 +22,6 @@ PATCH = 16
 N_BANDS = 8
 BLOCK_OUTPUT = "block output"
 AFTER_NORM = "after the final norm"
-
-
-class FrontEnd(Protocol):
-    """A module from waveforms to frames."""
-
-    settings: Any
-    """A dataclass of every constant, with `sample_rate_hz`."""
-
-    def n_frames(self, n_samples: int) -> int: ...
-
-    def __call__(self, waveform: Tensor) -> Tensor: ...
-
-    def to(self, device: torch.device | str) -> Any: ...
 
 
 class TokenNetwork(nn.Module):
@@ -99,7 +87,8 @@ class PatchEncoder:
 
     def frontend(self, waveform: Float[Tensor, "batch sample"]) -> Float[Tensor, "batch time freq"]:
         """Normalised frames of float32 waveforms at `spec.sample_rate_hz`."""
-        return self._frontend(waveform)
+        frames: Tensor = self._frontend(waveform)
+        return frames
 
     def encode(
         self, features: Float[Tensor, "batch time freq"], layers: Collection[int] | None = None

@@ -1,10 +1,15 @@
-"""Constants of a front end as the caller may choose them, and presets of them."""
+"""Front ends of the patch encoders: modules with constants that the caller may choose."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from patchbank.pipeline.errors import EncoderError
 
@@ -13,6 +18,47 @@ BAT = "bat"
 """The conventions of the code beside BAT (houtan-ghaffari/BAT_ICML2026): normalise, then pad with
 zeros to whole patches; statistics of its own."""
 Settings = TypeVar("Settings")
+
+
+class FrontEnd(nn.Module):
+    """Waveforms in, normalised frames out; in float32 on any device."""
+
+    settings: Any
+    """A dataclass of every constant, with `encoder` and `sample_rate_hz`."""
+
+    def n_frames(self, n_samples: int) -> int:
+        """Frames that a waveform of `n_samples` gives; `EncoderError` where it is too short."""
+        n_frames: int = self.settings.n_frames(n_samples)
+        return n_frames
+
+    def forward(self, waveform: Float[Tensor, "batch sample"]) -> Float[Tensor, "batch time freq"]:
+        """Frames of float32 waveforms at `sample_rate_hz`, padded and normalised."""
+        self.n_frames(waveform.shape[1])
+        with torch.no_grad(), full_precision(waveform.device):
+            if waveform.device.type == "cpu":
+                # A batch of spectra falls out of the caches.
+                return torch.cat([self.features(clip) for clip in waveform.split(1)])
+            return self.features(waveform)
+
+    def features(self, waveform: Float[Tensor, "batch sample"]) -> Float[Tensor, "batch time freq"]:
+        """`forward` without its care for devices; no clip's frames depend on its batch."""
+        raise NotImplementedError
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Autocast and TF32 off: a spectrogram's quiet cells do not survive ten bits."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        matmul = torch.backends.cuda.matmul
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "ieee"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before
 
 
 def choose_settings(
