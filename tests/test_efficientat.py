@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import zlib
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -270,7 +271,7 @@ class TestFiles:
         with pytest.raises(EncoderError) as caught:
             load(save(state, tmp_path / "odd.pt"), "cpu")
         message = str(caught.value)
-        assert "odd.pt does not fit an mn model of width 0.1" in message
+        assert "odd.pt: does not fit an mn model of width 0.1" in message
         assert "4 missing (features.0.0.weight, features.0.1.weight, features.0.1.bias" in message
         assert "1 unexpected (fc_norm.weight)" in message
         assert "1 mis-shaped (classifier.2.weight (128, 95) for (128, 96))" in message
@@ -290,7 +291,7 @@ class TestFiles:
         self, weights: Path, tmp_path: Path
     ) -> None:
         path = tmp_path / "bad.pt"
-        unsafe = save({"features": Path("object")}, tmp_path / "unsafe.pt").read_bytes()
+        unsafe = save({"features": Fraction(1, 2)}, tmp_path / "unsafe.pt").read_bytes()
         content = weights.read_bytes()
         for bad in (b"", b"not a checkpoint", content[: len(content) // 2], content[:20], unsafe):
             path.write_bytes(bad)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchbank.pipeline.encoders.catalogue import ENCODERS
+from patchbank.pipeline.encoders.hub import locate_weights
 from patchbank.pipeline.errors import EncoderError
 from patchbank.pipeline.specs import Json
 
@@ -34,8 +36,9 @@ def load_encoder(
 ) -> Encoder:
     """The encoder `name` with its weights, in evaluation mode on `device`.
 
-    `weights` is the publisher's own file or folder; encoders with bundled weights or none take
-    None. A fine-tuned file gives an encoder whose name ends in +; a name with + takes no other.
+    `weights` is the publisher's own file or folder, or `hf:org/repo[@revision][:file]`; encoders
+    with bundled weights or none take None. A fine-tuned file gives an encoder whose name ends in
+    +; a name with + takes no other.
     `preset` names a convention for the front end ("published" where it is None) and `frontend`
     changes single constants of it; both end in `spec.frontend`. Raises `EncoderError` for an
     unknown name, a missing file, weights that do not fit, or constants that do not exist.
@@ -86,7 +89,10 @@ def _load(
     device: torch.device | str,
     options: dict[str, Any],
 ) -> Encoder:
-    path = None if weights is None else Path(weights)
-    if path is not None and not path.exists():
-        raise EncoderError(f"no weights at {path}; give the path of the checkpoint file")
-    return load(path, device, **options)
+    if weights is None:
+        return load(None, device, **options)
+    located = locate_weights(weights)
+    encoder = load(located.path, device, **options)
+    if located.is_remote:
+        encoder.spec = replace(encoder.spec, source=located.reference)
+    return encoder

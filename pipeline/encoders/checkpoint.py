@@ -68,12 +68,10 @@ def read_checkpoint(path: Path | None, *, encoder: str, expected: str) -> Checkp
     """
     if path is None:
         raise EncoderError(
-            f"{encoder} has no bundled weights; pass --weights with {expected}; see `patchbank "
-            "encoders`"
+            f"{encoder} has no bundled weights; it takes {expected}; pass it with --weights"
         )
     file, config = _in_folder(path, expected) if path.is_dir() else (path, {})
     try:
-        # Of the file as it is read: it may be replaced meanwhile.
         with file.open("rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
@@ -113,7 +111,7 @@ def _content(path: Path, expected: str) -> Mapping[str, Any]:
     except (SafetensorError, Exception) as error:  # what unpickling garbage raises is not bounded
         reason = str(error).splitlines()[0][:200] if str(error) else ""
         raise EncoderError(
-            f"{path} ({path.stat().st_size} bytes) is damaged, or holds more than tensors and "
+            f"{path} ({path.stat().st_size} bytes) is damaged or holds more than tensors and "
             f"plain settings, which is never loaded ({type(error).__name__}: {reason}); expected "
             f"{expected}; download it again"
         ) from error
@@ -174,17 +172,21 @@ def heads_of(checkpoint: Checkpoint, dim: int, given: object = None) -> int:
 
 
 def fit(
-    checkpoint: Checkpoint, state: Mapping[str, Tensor], build: Callable[[], Network]
+    checkpoint: Checkpoint,
+    state: Mapping[str, Any],
+    build: Callable[[], Network],
+    *,
+    what: str = "the architecture",
 ) -> Network:
     """The network that `build` makes with the weights of `state`, which fit it exactly.
 
     It comes in float32 and evaluation mode, without gradients. Raises `EncoderError` with the
-    missing, unexpected and mis-shaped keys.
+    missing, unexpected and mis-shaped keys; `what` names the network there.
     """
     with torch.device("meta"):
         network = build()
     expected = network.state_dict()
-    check_fit(checkpoint, state, expected)
+    _check_fit(checkpoint, state, expected, what)
     # A copy: tensors of a file that is mapped would change with it.
     prepared = {key: _prepared(value) for key, value in state.items()}
     network.load_state_dict(prepared, strict=True, assign=True)
@@ -192,10 +194,9 @@ def fit(
     return network
 
 
-def check_fit(
-    checkpoint: Checkpoint, state: Mapping[str, Any], expected: Mapping[str, Tensor]
+def _check_fit(
+    checkpoint: Checkpoint, state: Mapping[str, Any], expected: Mapping[str, Tensor], what: str
 ) -> None:
-    """Raises `EncoderError` where keys or shapes differ, naming them."""
     missing = [key for key in expected if key not in state]
     unexpected = [str(key) for key in state if key not in expected]
     misshaped = [
@@ -205,8 +206,8 @@ def check_fit(
     ]
     if missing or unexpected or misshaped:
         raise checkpoint.error(
-            f"does not fit: {_listed('missing', missing)}; {_listed('unexpected', unexpected)}; "
-            f"{_listed('mis-shaped', misshaped)}"
+            f"does not fit {what}: {_listed('missing', missing)}; "
+            f"{_listed('unexpected', unexpected)}; {_listed('mis-shaped', misshaped)}"
         )
 
 
