@@ -50,7 +50,7 @@ def block_shapes(prefix: str, *, dim: int = DIM, hidden: int = HIDDEN) -> Shapes
     return shapes
 
 
-def vit_shapes(n_times: int, *, dim: int = DIM, depth: int = DEPTH) -> Shapes:
+def vit_shapes(n_times: int, *, dim: int = DIM, depth: int = DEPTH, hidden: int = HIDDEN) -> Shapes:
     """AudioMAE, ASiT, Bird-MAE."""
     shapes: Shapes = {
         "cls_token": (1, 1, dim),
@@ -59,11 +59,13 @@ def vit_shapes(n_times: int, *, dim: int = DIM, depth: int = DEPTH) -> Shapes:
         "patch_embed.proj.bias": (dim,),
     }
     for index in range(depth):
-        shapes |= block_shapes(f"blocks.{index}", dim=dim)
+        shapes |= block_shapes(f"blocks.{index}", dim=dim, hidden=hidden)
     return shapes | {"norm.weight": (dim,), "norm.bias": (dim,)}
 
 
-def eat_shapes(n_positions: int = 1024, *, dim: int = DIM, depth: int = DEPTH) -> Shapes:
+def eat_shapes(
+    n_positions: int = 1024, *, dim: int = DIM, depth: int = DEPTH, hidden: int = HIDDEN
+) -> Shapes:
     """EAT and SSLAM under the names of a folder, without the prefix `model.`."""
     shapes: Shapes = {
         "extra_tokens": (1, 1, dim),
@@ -74,23 +76,23 @@ def eat_shapes(n_positions: int = 1024, *, dim: int = DIM, depth: int = DEPTH) -
         "pre_norm.bias": (dim,),
     }
     for index in range(depth):
-        shapes |= block_shapes(f"blocks.{index}", dim=dim)
+        shapes |= block_shapes(f"blocks.{index}", dim=dim, hidden=hidden)
     return shapes
 
 
-def bat_shapes() -> Shapes:
+def bat_shapes(*, dim: int = DIM, depth: int = DEPTH, hidden: int = HIDDEN) -> Shapes:
     shapes: Shapes = {
-        "cls_token": (1, 1, DIM),
-        "pos_embed": (1, 512, DIM),
-        "patch_embed.proj.weight": (DIM, 1, 16, 16),
-        "patch_embed.proj.bias": (DIM,),
-        "pre_norm.weight": (DIM,),
-        "pre_norm.bias": (DIM,),
+        "cls_token": (1, 1, dim),
+        "pos_embed": (1, 512, dim),
+        "patch_embed.proj.weight": (dim, 1, 16, 16),
+        "patch_embed.proj.bias": (dim,),
+        "pre_norm.weight": (dim,),
+        "pre_norm.bias": (dim,),
     }
-    for index in range(DEPTH):
+    for index in range(depth):
         gate = f"blocks.{index}.attn.gate"
-        shapes |= block_shapes(f"blocks.{index}")
-        shapes |= {f"{gate}.weight": (DIM, DIM), f"{gate}.bias": (DIM,)}
+        shapes |= block_shapes(f"blocks.{index}", dim=dim, hidden=hidden)
+        shapes |= {f"{gate}.weight": (dim, dim), f"{gate}.bias": (dim,)}
     return shapes
 
 
