@@ -40,7 +40,7 @@ def test_every_package_of_the_tree_is_in_the_wheel_and_no_other() -> None:
 def test_the_top_level_holds_what_the_design_names() -> None:
     visible = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
     generated = {"build", "dist", "patchbank.egg-info", "demo"}
-    named = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", *FOLDERS, "tests"}
+    named = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", *FOLDERS, "tests", "docs"}
     assert visible - generated == named
 
 
