@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from patchbank.pipeline.encoders.base import RESAMPLER
 from patchbank.pipeline.encoders.bench import (
     Bench,
     Broken,
     Doubtful,
-    NotAsked,
     Tokens,
     arrays,
     clip_of,
     largest_errors,
 )
-from patchbank.pipeline.encoders.catalogue import ENCODERS
-from patchbank.pipeline.encoders.discovery import MEMBERS, is_file
-from patchbank.pipeline.encoders.token_order import Reading, readings
+from patchbank.pipeline.encoders.discovery import MEMBERS
+from patchbank.pipeline.encoders.spec_checks import check_licence, check_spec
+from patchbank.pipeline.encoders.token_order import check_order
 from patchbank.pipeline.errors import EncoderError
-from patchbank.pipeline.specs import EncoderSpec, Grid, LayerSpec, canonical_json, differing_fields
+from patchbank.pipeline.specs import Grid, differing_fields
 
 LARGEST_FLOAT16 = 65_504.0
-LEAST_GAIN = 0.2
-"""By how much another order has to explain the tokens better, of 2."""
-LEAST_ORDER = 0.6
-MOST_REVERSED = 0.3
 
 
 @dataclass(frozen=True)
@@ -45,73 +37,8 @@ class Check:
     """Checks without which this one says nothing."""
 
 
-def check_spec(bench: Bench) -> str:
-    spec = bench.encoder.spec
-    if not isinstance(spec, EncoderSpec):
-        raise Broken(type(spec).__name__, expected="an EncoderSpec")
-    problems = [*_problems_of_name(spec.name, bench.reference), *_problems_of_fields(spec)]
-    if problems:
-        raise Broken("; ".join(problems), expected="a spec that a bank's card can hold")
-    return f"{spec.name}, encoder_id {spec.encoder_id[:12]}"
-
-
-def _problems_of_name(name: object, reference: str) -> list[str]:
-    if not isinstance(name, str) or not name.strip():
-        return [f"name is {name!r}, not a text"]
-    if is_file(reference) and name in ENCODERS:
-        return [f"name is {name!r}, which is a shipped encoder; choose another"]
-    if reference and not is_file(reference) and name != reference:
-        return [f"name is {name!r}, which predict would not find; it is loaded as {reference!r}"]
-    return []
-
-
-def _problems_of_fields(spec: EncoderSpec) -> list[str]:
-    problems = []
-    if not _is_count(spec.sample_rate_hz):
-        problems.append(f"sample_rate_hz is {spec.sample_rate_hz!r}, not a whole number from 1")
-    if not re.fullmatch(r"([0-9a-f]{64})?", str(spec.weights_sha256)):
-        problems.append("weights_sha256 is neither empty nor 64 hexadecimal digits")
-    if spec.resampler != RESAMPLER:
-        problems.append("resampler is not RESAMPLER, the one that audio comes through")
-    numbers = [layer.layer for layer in spec.layers]
-    if not numbers or len(set(numbers)) < len(numbers) or not all(map(_is_count, numbers)):
-        problems.append(f"layers are numbered {numbers}, not by different numbers from 1")
-    problems += [problem for layer in spec.layers for problem in _problems_of_layer(layer)]
-    identity = spec.identity()
-    try:
-        # What changes on its way through JSON would never equal the card that it is written to.
-        if differing := differing_fields(json.loads(canonical_json(identity)), identity):
-            problems.append(f"{', '.join(differing)} become another value in JSON (a tuple?)")
-    except (TypeError, ValueError) as error:
-        problems.append(f"config or frontend is no JSON: {error}")
-    return problems
-
-
-def _problems_of_layer(layer: LayerSpec) -> list[str]:
-    problems = []
-    if not _is_count(layer.dim) or not _is_count(layer.n_prefix, least=0):
-        problems.append(f"layer {layer.layer} has dim {layer.dim!r}, n_prefix {layer.n_prefix!r}")
-    if not isinstance(layer.meaning, str) or not layer.meaning.strip():
-        problems.append(f"layer {layer.layer} does not say what it means")
-    return problems
-
-
-def _is_count(value: object, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def check_licence(bench: Bench) -> str:
-    spec = bench.encoder.spec
-    if not spec.licence.strip():
-        raise Doubtful(
-            "no licence",
-            expected="the licence of the weights, which lands in every bank's card",
-            hint='EncoderSpec(..., licence="CC BY-NC 4.0", source="where they are from")',
-        )
-    return spec.licence
-
-
 def check_encode(bench: Bench) -> str:
+    """Whether a clip goes through, and gives the layers of the spec."""
     try:
         bench.encoder.grids(bench.n_samples)
     except EncoderError as error:
@@ -126,6 +53,7 @@ def check_encode(bench: Bench) -> str:
 
 
 def check_shapes(bench: Bench) -> str:
+    """Whether patches have the batch, the grid and the width that are stated."""
     two = bench.encode(torch.cat([bench.clip, bench.quiet]))
     for layer, token_map in two.items():
         grid, dim = token_map.grid, bench.encoder.spec.layer(layer).dim
@@ -141,6 +69,7 @@ def check_shapes(bench: Bench) -> str:
 
 
 def check_dtype(bench: Bench) -> str:
+    """Whether tokens are float32 where the waveform is."""
     for name, values in arrays(bench.tokens).items():
         if values.dtype != torch.float32 or values.device.type != bench.device.type:
             raise Broken(
@@ -152,6 +81,7 @@ def check_dtype(bench: Bench) -> str:
 
 
 def check_prefix(bench: Bench) -> str:
+    """Whether there are as many prefix tokens as the spec says."""
     for layer, token_map in bench.tokens.items():
         spec = bench.encoder.spec.layer(layer)
         expected = (1, spec.n_prefix, spec.dim) if spec.n_prefix else None
@@ -162,6 +92,7 @@ def check_prefix(bench: Bench) -> str:
 
 
 def check_grids(bench: Bench) -> str:
+    """Whether `grids()` announces what `encode()` gives."""
     _compare_grids(bench.encoder.grids(bench.n_samples), bench.tokens, bench.n_samples)
     return f"as encode() gives for {bench.n_samples} samples"
 
@@ -177,6 +108,7 @@ def _compare_grids(stated: dict[int, Grid], tokens: Tokens, n_samples: int) -> N
 
 
 def check_finite(bench: Bench) -> str:
+    """Whether all tokens are finite, of silence and of noise at full scale too."""
     for what, tokens in bench.extremes.items():
         for name, values in arrays(tokens).items():
             if n_bad := int((~torch.isfinite(values)).sum()):
@@ -189,6 +121,7 @@ def check_finite(bench: Bench) -> str:
 
 
 def check_range(bench: Bench) -> str:
+    """Whether tokens fit into float16 and are not zero; a warning where not."""
     largest = 0.0
     for what, tokens in bench.extremes.items():
         for name, values in arrays(tokens).items():
@@ -209,6 +142,7 @@ def check_range(bench: Bench) -> str:
 
 
 def check_determinism(bench: Bench) -> str:
+    """Whether a clip gives the same bits again, after another clip."""
     first = bench.tokens
     bench.encode(bench.loud)
     again = bench.encode(bench.clip)
@@ -223,6 +157,7 @@ def check_determinism(bench: Bench) -> str:
 
 
 def check_reload(bench: Bench) -> str:
+    """Whether a second `load()` gives the same identity and tokens."""
     other = bench.load()
     mine, its = bench.encoder.spec.identity(), other.spec.identity()
     if fields := differing_fields(its, mine):
@@ -237,48 +172,15 @@ def check_reload(bench: Bench) -> str:
 
 
 def check_batch(bench: Bench) -> str:
+    """Whether a clip between a quiet and a loud one gives what it gives alone."""
     together = bench.encode(torch.cat([bench.quiet, bench.clip, bench.loud]))
     errors = largest_errors(clip_of(together, 1), bench.tokens)
     hint = "statistics over the batch, a mask of the longest clip, or batch-norm that trains?"
     return _within(bench, errors, "between a quiet and a loud clip", hint)
 
 
-def check_order(bench: Bench) -> str:
-    tokens, n_moments = bench.moved
-    found: dict[int, Reading] = {}
-    for layer, token_map in tokens.items():
-        if token_map.grid.n_patches == 1:
-            continue
-        patches = token_map.patches
-        stated, *others = readings(
-            patches[0], patches[1 : n_moments + 1], patches[n_moments + 1 :], token_map.grid
-        )
-        best = max(others, key=lambda reading: reading.time + reading.freq)
-        gain = best.time + best.freq - stated.time - stated.freq
-        if gain > LEAST_GAIN or stated.time < MOST_REVERSED:
-            _order_is_broken(layer, token_map.grid, stated, best if gain > LEAST_GAIN else None)
-        if token_map.grid.time > 1:
-            found[layer] = stated
-    if not found:
-        raise NotAsked("one time step a clip")
-    best_layer = max(found, key=lambda layer: found[layer].time)
-    if found[best_layer].time < LEAST_ORDER:
-        _order_is_broken(best_layer, tokens[best_layer].grid, found[best_layer], None)
-    return f"events and tokens follow each other, {found[best_layer].time:.2f} of 1"
-
-
-def _order_is_broken(layer: int, grid: Grid, stated: Reading, better: Reading | None) -> None:
-    explains = f"read so, tokens follow time by {stated.time:.2f} of 1"
-    if better is not None:
-        explains += f", read as {better.patch} by {better.time:.2f}"
-    raise Broken(
-        f"layer {layer}, {grid.time} x {grid.freq}: {explains}",
-        expected="patch = t * F + f, Grid(time=T, freq=F)",
-        hint="of a map (batch, dim, freq, time): map.permute(0, 3, 2, 1).flatten(1, 2)",
-    )
-
-
 def check_layers(bench: Bench) -> str:
+    """Whether asking for some layers gives these, as asking for all does."""
     known = [spec.layer for spec in bench.encoder.spec.layers]
     for asked in ((known[0],), [known[-1]], {known[-1], known[0]}):
         some = bench.encode(bench.clip, asked)
@@ -292,6 +194,7 @@ def check_layers(bench: Bench) -> str:
 
 
 def check_lengths(bench: Bench) -> str:
+    """Whether other lengths are either encoded as announced or refused by `grids()`."""
     half, more = bench.n_samples // 2 + 7, bench.n_samples * 4 // 3 + 3
     taken = [n for n in (1, half, more) if _takes(bench, n)]
     return f"takes {len(taken)} of 3 other lengths, refuses the others"
@@ -321,6 +224,7 @@ def _takes(bench: Bench, n_samples: int) -> bool:
 
 
 def check_input(bench: Bench) -> str:
+    """Whether the waveform is left as it was."""
     waveform = bench.clip.to(bench.device, copy=True)
     before = waveform.clone()
     bench.encoder.encode(bench.encoder.frontend(waveform))
@@ -334,6 +238,7 @@ def check_input(bench: Bench) -> str:
 
 
 def check_inference(bench: Bench) -> str:
+    """Whether the tokens are the same in inference mode."""
     with torch.inference_mode():
         tokens = bench.encode(bench.clip.clone())
         errors = largest_errors(tokens, bench.tokens)
@@ -341,6 +246,7 @@ def check_inference(bench: Bench) -> str:
 
 
 def check_device(bench: Bench) -> str:
+    """Whether `to()` returns the encoder."""
     moved = bench.encoder.to(bench.device)
     if missing := [name for name in MEMBERS if not hasattr(moved, name)]:
         raise Broken(

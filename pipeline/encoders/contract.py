@@ -69,9 +69,8 @@ def _result(check: Check, bench: Bench) -> CheckResult:
         with torch.no_grad():
             return CheckResult(name, promise, "passed", check.run(bench))
     except Broken as broken:
-        return CheckResult(name, promise, "failed", broken.found, broken.expected, broken.hint)
-    except Doubtful as doubt:
-        return CheckResult(name, promise, "warning", doubt.found, doubt.expected, doubt.hint)
+        outcome: Outcome = "warning" if isinstance(broken, Doubtful) else "failed"
+        return CheckResult(name, promise, outcome, broken.found, broken.expected, broken.hint)
     except NotAsked as reason:
         return CheckResult(name, promise, "skipped", str(reason))
     except Exception as error:

@@ -7,15 +7,26 @@ is which of several equal changes moves a token most: the one at its own time, i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from patchbank.pipeline.encoders.bench import Bench, Broken, NotAsked
 from patchbank.pipeline.specs import Grid
 
 N_EVENTS = 4
 TIME_MAJOR = "t * F + f"
+LEAST_GAIN, LEAST_MEAN_GAIN = 0.2, 0.1
+"""By how much another order has to explain the tokens of one layer, or all, better (0 to 2).
+
+Right orders of 10 s: -0.02 and less. Wrong ones: up to 1.5, but 0.1 where F is 2 or a deep layer
+answers to most bands alike; hence the mean over layers.
+"""
+LEAST_ORDER = 0.7
+"""Of the layer that follows time best; two time steps reach 0.83, tokens in any order 0.5."""
+MOST_REVERSED = 0.3
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,57 @@ class Reading:
     """1: tokens lie in the order of events; 0.5: chance; 0: reversed."""
     freq: float
     """1: tokens at one frequency answer to one band; about 0.25: chance."""
+
+
+def check_order(bench: Bench) -> str:
+    """Whether `patch = t * F + f`, by what events move; a wrong grid and reversed time show too."""
+    plain, event = bench.noise(0.05, seed=4)[0], bench.noise(0.2, seed=5)[0]
+    at_moments = moments(plain, event)
+    in_bands = bands(plain, event, bench.encoder.spec.sample_rate_hz)
+    tokens = bench.encode(torch.cat([plain[None], at_moments, in_bands]))
+    found: dict[int, list[Reading]] = {}
+    for layer, token_map in tokens.items():
+        if token_map.grid.n_patches > 1:
+            still, changed = token_map.patches[0], token_map.patches[1:]
+            found[layer] = readings(still, changed[:N_EVENTS], changed[N_EVENTS:], token_map.grid)
+    gains = {layer: _gains(values) for layer, values in found.items()}
+    for layer, gain in gains.items():
+        if max(gain) > LEAST_GAIN:
+            _order_is_broken(layer, tokens[layer].grid, found[layer], gain)
+    mean_gains = [sum(column) / len(gains) for column in zip(*gains.values(), strict=True)]
+    if mean_gains and max(mean_gains) > LEAST_MEAN_GAIN:
+        first = min(found)
+        _order_is_broken(first, tokens[first].grid, found[first], mean_gains)
+    in_time = {k: values[0].time for k, values in found.items() if tokens[k].grid.time > 1}
+    if not in_time:
+        raise NotAsked("one time step a clip")
+    best = max(in_time, key=lambda layer: in_time[layer])
+    if in_time[best] < LEAST_ORDER:
+        _order_is_broken(best, tokens[best].grid, found[best], [])
+    return f"tokens follow time by {in_time[best]:.2f} of 1"
+
+
+def _gains(values: list[Reading]) -> list[float]:
+    """By how much each other way to read the tokens explains them better than the stated one."""
+    stated, *others = values
+    return [other.time + other.freq - stated.time - stated.freq for other in others]
+
+
+def _order_is_broken(layer: int, grid: Grid, values: list[Reading], gains: list[float]) -> NoReturn:
+    stated, *others = values
+    found = (
+        f"layer {layer}, {grid.time} x {grid.freq}: tokens follow time by {stated.time:.2f} of 1"
+    )
+    if stated.time < MOST_REVERSED:
+        found += ", which is backwards"
+    elif gains:
+        best = others[gains.index(max(gains))]
+        found += f"; read as {best.patch}, by {best.time:.2f}"
+    raise Broken(
+        found,
+        expected="patch = t * F + f, Grid(time=T, freq=F)",
+        hint="of a map (batch, dim, freq, time): map.permute(0, 3, 2, 1).flatten(1, 2)",
+    )
 
 
 def moments(
@@ -105,7 +167,7 @@ def _concordance(change: Float[Tensor, "event patch"], time: Int[Tensor, " patch
         after = later.sum() - later.cumsum(0) + later / 2
         in_order += float((mass[first] * after).sum())
         pairs += float(mass[first].sum() * later.sum())
-    return in_order / pairs if pairs else 0.5
+    return max(0.0, in_order / pairs) if pairs else 0.5
 
 
 def _agreement(change: Float[Tensor, "event patch"], freq: Int[Tensor, " patch"]) -> float:
