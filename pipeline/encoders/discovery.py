@@ -44,8 +44,10 @@ class InstalledEncoder:
 
 def installed_encoders() -> list[InstalledEncoder]:
     """The entry points of the group `patchbank.encoders`, ordered by name; imports none of them."""
-    found = entry_points(group=GROUP)
-    installed = (InstalledEncoder(p.name, p.value, _distribution(p)) for p in found)
+    installed = []
+    for point in entry_points(group=GROUP):
+        who = f"{point.dist.name} {point.dist.version}" if point.dist else "an unnamed package"
+        installed.append(InstalledEncoder(point.name, point.value, who))
     return sorted(installed, key=lambda one: (one.name, one.distribution))
 
 
@@ -99,10 +101,6 @@ def _unknown(reference: str) -> str:
         f"unknown encoder {reference!r}{hint}; there are: {', '.join(names)}; one of your own is "
         "named by its file, such as my_encoder.py"
     )
-
-
-def _distribution(point: EntryPoint) -> str:
-    return f"{point.dist.name} {point.dist.version}" if point.dist else "an unnamed package"
 
 
 def _import(offer: InstalledEncoder) -> object:
