@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Callable
+import sys
 from pathlib import Path
 
 import pytest
 from audio_sets import write_clip_set, write_tone
 from distributed import LocalCluster
 from fake_bank import SETTINGS
+from fake_packages import Install, write
 
 from patchbank.cli.main import main
 from patchbank.pipeline.bank import open_bank
@@ -38,12 +39,6 @@ def mine(tmp_path: Path) -> Path:
     return write(tmp_path / "mine.py", MINE)
 
 
-def write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
 def error_of(capsys: pytest.CaptureFixture[str], *line: object) -> str:
     capsys.readouterr()
     assert main(list(map(str, line))) == 1
@@ -57,10 +52,13 @@ def test_a_file_is_loaded_by_its_path(mine: Path) -> None:
     assert load_encoder(str(mine)).spec.name == "mine"
 
 
-def test_a_file_may_import_what_lies_beside_it_but_hides_nothing(tmp_path: Path) -> None:
+def test_a_file_may_import_what_lies_beside_it_but_hides_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
     write(tmp_path / "beside_mine.py", "NAME = 'beside'")
-    write(tmp_path / "json.py", "raise ImportError('hidden')")
-    text = "import json\n" + MINE.replace('NAME = "mine"', "from beside_mine import NAME")
+    write(tmp_path / "colorsys.py", "raise ImportError('hidden')")
+    text = "import colorsys\n" + MINE.replace('NAME = "mine"', "from beside_mine import NAME")
     path = write(tmp_path / "mine.py", text)
     assert load_encoder(str(path)).spec.name == "beside"
 
@@ -116,25 +114,6 @@ def test_an_unknown_name_says_what_there_is_and_what_is_near(
 
 
 # Installed packages.
-
-Install = Callable[[str, dict[str, str]], Path]
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Lays a dist-info folder with entry points of encoders onto the path."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(str(folder))
-
-    def install(package: str, points: dict[str, str]) -> Path:
-        info = folder / f"{package}-1.2.dist-info"
-        write(info / "METADATA", f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.2\n")
-        lines = [f"{name} = {value}" for name, value in points.items()]
-        write(info / "entry_points.txt", "\n".join(["[patchbank.encoders]", *lines, ""]))
-        return folder
-
-    return install
 
 
 def test_an_entry_point_is_a_module_or_a_function(install: Install) -> None:
