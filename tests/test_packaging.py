@@ -79,8 +79,20 @@ def test_help_imports_neither_torch_nor_zarr_nor_distributed() -> None:
     )
     done = run_python(code)
     assert done.returncode == 0, done.stderr
-    for command in ("extract", "train-probe", "predict", "demo"):
+    for command in ("extract", "train-probe", "predict", "demo", "check"):
         assert command in done.stdout
+
+
+def test_the_list_of_encoders_imports_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from patchbank.cli.main import main\n"
+        "assert main(['encoders']) == 0\n"
+        "assert not {'torch', 'zarr', 'numpy'} & set(sys.modules)\n"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert "tiny-random" in done.stdout
 
 
 def test_the_bank_loads_neither_audio_nor_encoders() -> None:
