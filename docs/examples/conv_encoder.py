@@ -22,7 +22,7 @@ from patchbank.pipeline.encoders.plugin import (
     state_sha256,
 )
 
-FRONTEND = {"n_fft": 512, "hop": 160, "log_offset": 1e-4}
+N_FFT, HOP, LOG_OFFSET = 512, 160, 1e-4
 DIMS = (16, 32)
 STRIDE = 4
 SEED = 0
@@ -50,7 +50,7 @@ class ConvEncoder:
             weights_sha256=weights_sha256,
             sample_rate_hz=16_000,
             config={"dims": list(DIMS), "stride": STRIDE},
-            frontend=FRONTEND,
+            frontend={"n_fft": N_FFT, "hop": HOP, "log_offset": LOG_OFFSET, "window": "hann"},
             resampler=RESAMPLER,
             layers=tuple(LayerSpec(i, "stage output", dim) for i, dim in enumerate(DIMS, start=1)),
             licence="Apache-2.0",
@@ -58,9 +58,9 @@ class ConvEncoder:
         )
 
     def grids(self, n_samples: int) -> dict[int, Grid]:
-        if n_samples < FRONTEND["n_fft"]:
-            raise EncoderError(f"conv needs at least 512 samples, found {n_samples}")
-        time, freq = 1 + n_samples // FRONTEND["hop"], FRONTEND["n_fft"] // 2
+        if n_samples < N_FFT:
+            raise EncoderError(f"conv needs at least {N_FFT} samples, found {n_samples}")
+        time, freq = 1 + n_samples // HOP, N_FFT // 2
         grids = {}
         for spec in self.spec.layers:
             time, freq = -(-time // STRIDE), -(-freq // STRIDE)
@@ -69,12 +69,10 @@ class ConvEncoder:
 
     def frontend(self, waveform: Tensor) -> Tensor:
         """(batch, sample) to (batch, frame, bin): the logarithm of the power, without the mean."""
-        window = torch.hann_window(FRONTEND["n_fft"], device=waveform.device)
-        spectrum = torch.stft(
-            waveform, FRONTEND["n_fft"], FRONTEND["hop"], window=window, return_complex=True
-        )
+        window = torch.hann_window(N_FFT, device=waveform.device)
+        spectrum = torch.stft(waveform, N_FFT, HOP, window=window, return_complex=True)
         power = spectrum[:, 1:].abs().square()
-        return (power + FRONTEND["log_offset"]).log().transpose(1, 2)
+        return (power + LOG_OFFSET).log().transpose(1, 2)
 
     def encode(
         self, features: Tensor, layers: Collection[int] | None = None

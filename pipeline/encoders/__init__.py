@@ -7,7 +7,6 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from patchbank.pipeline.encoders.catalogue import ENCODERS
 from patchbank.pipeline.encoders.discovery import find_load
 from patchbank.pipeline.errors import EncoderError
 from patchbank.pipeline.specs import Json
@@ -16,11 +15,6 @@ if TYPE_CHECKING:
     import torch
 
     from patchbank.pipeline.encoders.base import Encoder
-
-
-def encoder_names() -> list[str]:
-    """Names of the encoders that are shipped."""
-    return sorted(ENCODERS)
 
 
 def load_encoder(
