@@ -40,7 +40,10 @@ def verify(
     ] = False,
     encoder: Annotated[
         str | None,
-        typer.Option(help="Also encode the golden clip with this encoder and compare."),
+        typer.Option(
+            metavar="NAME|FILE.py",
+            help="Also encode the golden clip with this encoder and compare.",
+        ),
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Its checkpoint.")] = None,
     device: Annotated[str, typer.Option(help="For --encoder: auto, cpu, cuda ...")] = "auto",

@@ -22,7 +22,12 @@ def extract(
     clips: Annotated[
         Path, typer.Argument(metavar="CLIPS", help="CSV or Parquet table, or a folder of audio.")
     ],
-    encoder: Annotated[str, typer.Option(help="Encoder name; see `patchbank encoders`.")],
+    encoder: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME|FILE.py", help="See `patchbank encoders`, or a file of your own."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="The bank to make or to finish.")],
     weights: Annotated[Path | None, typer.Option(help="Checkpoint of the encoder.")] = None,
     audio_root: Annotated[

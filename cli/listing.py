@@ -7,5 +7,18 @@ import textwrap
 
 def print_entry(name: str, note: str, summary: str) -> None:
     """A name, a short note, and a summary wrapped beside them."""
-    lead = f"{name:<14}{note:<12}"
-    print(textwrap.fill(summary, 79, initial_indent=lead, subsequent_indent=" " * len(lead)))
+    print_beside(f"{name:<13} {note:<11} ", summary)
+
+
+def print_beside(lead: str, text: str) -> None:
+    """A text wrapped beside what leads to it; a word that is too long, an address, stays whole."""
+    print(
+        textwrap.fill(
+            text,
+            79,
+            initial_indent=lead,
+            subsequent_indent=" " * len(lead),
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    )

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from patchbank.cli import bank, demo, encoders, extract, predict, probes, train
+from patchbank.cli import bank, check, demo, encoders, extract, predict, probes, train
 from patchbank.pipeline.errors import PatchbankError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("extract")(extract.extract)
 app.command("train-probe")(train.train_probe)
 app.command("predict")(predict.predict)
 app.command("encoders")(encoders.encoders)
+app.command("check")(check.check)
 app.command("probes")(probes.probes)
 app.add_typer(bank.app, name="bank")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from patchbank.pipeline.errors import AudioError, PatchbankError
+from patchbank.pipeline.errors import AudioError, EncoderError, PatchbankError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +36,10 @@ def predict(
     weights: Annotated[
         Path | None, typer.Option(help="The encoder's checkpoint, where it is not bundled.")
     ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.py", help="The encoder, if it is your own."),
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to print for each window.")] = 3,
     out: Annotated[
         Path | None, typer.Option(help="Write every class's probability to this CSV.")
@@ -53,7 +57,7 @@ def predict(
     if bank is not None:
         rows = rows_of_bank(artefact, bank)
     else:
-        stream = open_stream(artefact, weights=weights, device=device)
+        stream = open_stream(artefact, weights=weights, encoder=encoder, device=device)
         rows = rows_of_audio(artefact, stream, audio or [])
     if out is None:
         write_rows(rows, artefact.classes, None, top=top, as_json=json_output)
@@ -87,19 +91,28 @@ def rows_of_bank(artefact: ProbeArtefact, path: Path) -> Iterator[Row]:
             yield clip["clip_id"], clip["start_s"], end_s, probabilities
 
 
-def open_stream(artefact: ProbeArtefact, *, weights: Path | None, device: str) -> TokenStream:
+def open_stream(
+    artefact: ProbeArtefact, *, weights: Path | None, encoder: str | None, device: str
+) -> TokenStream:
     """The probe's encoder and its bank's settings; `BankMismatch` for other weights."""
     from patchbank.pipeline.encoders import reload_encoder
+    from patchbank.pipeline.encoders.discovery import is_known
     from patchbank.pipeline.environment import choose_device
     from patchbank.pipeline.specs import WindowSpec
     from patchbank.pipeline.stream import TokenStream
 
     chosen = choose_device(device)
-    encoder = reload_encoder(artefact.encoder, weights=weights, device=chosen)
-    artefact.check_encoder(encoder.spec.identity(), encoder.spec.encoder_id)
+    name = artefact.encoder["name"]
+    if encoder is None and not is_known(name):
+        raise EncoderError(
+            f"this probe was trained on tokens of {name!r}, which is neither shipped nor installed "
+            "here; give the file that made its bank: --encoder FILE.py"
+        )
+    model = reload_encoder(artefact.encoder, weights=weights, device=chosen, encoder=encoder)
+    artefact.check_encoder(model.spec.identity(), model.spec.encoder_id)
     assert artefact.layer is not None
     return TokenStream(
-        encoder=encoder,
+        encoder=model,
         layer=artefact.layer,
         window=WindowSpec(**artefact.window),
         stored_dtype=artefact.tokens["stored_dtype"],

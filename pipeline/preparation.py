@@ -35,6 +35,7 @@ from patchbank.pipeline.bank.reader import Bank
 from patchbank.pipeline.bank.schema import BankSchema
 from patchbank.pipeline.bank.seal_record import SEAL
 from patchbank.pipeline.encoders import load_encoder
+from patchbank.pipeline.encoders.discovery import absolute_reference
 from patchbank.pipeline.environment import choose_device
 from patchbank.pipeline.errors import (
     BankError,
@@ -129,6 +130,7 @@ def prepare(
         bank=bank,
         folder=bank,
         audio_root=table.audio_root.absolute(),
+        encoder=absolute_reference(encoder),
         recipe=recipe,
         schema=schema,
         weights=None if weights is None else Path(weights).absolute(),

@@ -45,6 +45,7 @@ from patchbank.pipeline.bank.writer import (
 )
 from patchbank.pipeline.encoders import reload_encoder
 from patchbank.pipeline.encoders.base import TokenMap
+from patchbank.pipeline.encoders.discovery import is_file
 from patchbank.pipeline.environment import choose_device, environment
 from patchbank.pipeline.errors import (
     AudioError,
@@ -70,6 +71,8 @@ class ExtractionJob:
     folder: Path
     """Where shards are committed: the bank, or a growth's folder inside it."""
     audio_root: Path
+    encoder: str
+    """What `load_encoder` takes: a name, or the absolute path of a file."""
     recipe: Recipe
     schema: BankSchema
     weights: Path | None
@@ -106,13 +109,20 @@ class ShardExtractor:
                 f"{socket.gethostname()} finds no weights at {job.weights}; every worker needs "
                 "them under that path"
             )
+        if is_file(job.encoder) and not Path(job.encoder).is_file():
+            raise EncoderError(
+                f"{socket.gethostname()} finds no encoder at {job.encoder}; every worker needs "
+                "the file under that path"
+            )
         self._device = choose_device(job.device)
         expected = job.recipe.encoder.identity()
-        self._encoder = reload_encoder(expected, weights=job.weights, device=self._device)
+        self._encoder = reload_encoder(
+            expected, weights=job.weights, device=self._device, encoder=job.encoder
+        )
         found = self._encoder.spec.identity()
         if found != expected:
             raise BankMismatch(
-                f"the encoder that this worker loads from {job.weights} is another one",
+                f"{job.encoder} with {job.weights or 'no weights'} is another encoder here",
                 differing_fields(found, expected),
             )
         self._grids = self._encoder.grids(self._n_samples)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from audio_sets import write_clip_set
+from fake_packages import Install
 
 # patchbank itself is imported in the fixtures: shapes are only checked in modules that are loaded
 # after the configuration, which comes after this file.
@@ -47,3 +48,12 @@ def sealed(clip_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Bank:
 def copy(sealed: Bank, tmp_path: Path) -> Path:
     """A sealed bank that a test may damage."""
     return Path(shutil.copytree(sealed.path, tmp_path / "copy.bank"))
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Lays packages with entry points onto the path."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(str(folder))
+    return Install(folder)

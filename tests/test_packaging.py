@@ -40,7 +40,7 @@ def test_every_package_of_the_tree_is_in_the_wheel_and_no_other() -> None:
 def test_the_top_level_holds_what_the_design_names() -> None:
     visible = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
     generated = {"build", "dist", "patchbank.egg-info", "demo"}
-    named = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", *FOLDERS, "tests"}
+    named = {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", *FOLDERS, "tests", "docs"}
     assert visible - generated == named
 
 
@@ -79,8 +79,20 @@ def test_help_imports_neither_torch_nor_zarr_nor_distributed() -> None:
     )
     done = run_python(code)
     assert done.returncode == 0, done.stderr
-    for command in ("extract", "train-probe", "predict", "demo"):
+    for command in ("extract", "train-probe", "predict", "demo", "check"):
         assert command in done.stdout
+
+
+def test_the_list_of_encoders_imports_no_torch() -> None:
+    code = (
+        "import sys\n"
+        "from patchbank.cli.main import main\n"
+        "assert main(['encoders']) == 0\n"
+        "assert not {'torch', 'zarr', 'numpy'} & set(sys.modules)\n"
+    )
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert "tiny-random" in done.stdout
 
 
 def test_the_bank_loads_neither_audio_nor_encoders() -> None:

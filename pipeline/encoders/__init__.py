@@ -1,15 +1,14 @@
-"""The encoders that patchbank knows by name, and how one is loaded."""
+"""The encoders that patchbank knows by name or finds in a file, and how one is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from patchbank.pipeline.encoders.catalogue import ENCODERS
+from patchbank.pipeline.encoders.discovery import find_load
 from patchbank.pipeline.encoders.hub import locate_weights
 from patchbank.pipeline.errors import EncoderError
 from patchbank.pipeline.specs import Json
@@ -18,12 +17,6 @@ if TYPE_CHECKING:
     import torch
 
     from patchbank.pipeline.encoders.base import Encoder
-
-
-def encoder_names() -> list[str]:
-    """Names that `load_encoder` takes."""
-    fine_tuned = [f"{name}+" for name, entry in ENCODERS.items() if entry.has_fine_tuned]
-    return sorted([*ENCODERS, *fine_tuned])
 
 
 def load_encoder(
@@ -36,14 +29,15 @@ def load_encoder(
 ) -> Encoder:
     """The encoder `name` with its weights, in evaluation mode on `device`.
 
-    `weights` is the publisher's own file or folder, or `hf:org/repo[@revision][:file]`; encoders
-    with bundled weights or none take None. A fine-tuned file gives an encoder whose name ends in
-    +; a name with + takes no other.
-    `preset` names a convention for the front end ("published" where it is None) and `frontend`
-    changes single constants of it; both end in `spec.frontend`. Raises `EncoderError` for an
-    unknown name, a missing file, weights that do not fit, or constants that do not exist.
+    `name` is one that is shipped, an entry point of the group `patchbank.encoders`, or the path of
+    a file that ends in `.py`. `weights` is the publisher's own file or folder, or
+    `hf:org/repo[@revision][:file]`; encoders with bundled weights or none take None. A fine-tuned
+    file gives an encoder whose name ends in +; a name with + takes no other. `preset` names a
+    convention for the front end ("published" where it is None) and `frontend` changes single
+    constants of it; both end in `spec.frontend`. Raises `EncoderError` for an unknown name, a
+    missing file, a plugin that fails, weights that do not fit, or constants that do not exist.
     """
-    load = _loader(name)
+    load = find_load(name)
     options: dict[str, Any] = {}
     if preset is not None:
         options["preset"] = preset
@@ -61,22 +55,20 @@ def load_encoder(
 
 
 def reload_encoder(
-    description: Json, *, weights: Path | str | None, device: torch.device | str
+    description: Json,
+    *,
+    weights: Path | str | None,
+    device: torch.device | str,
+    encoder: str | None = None,
 ) -> Encoder:
     """The encoder that `EncoderSpec.identity()` describes, as far as `weights` are the same.
 
-    The caller compares identities. Raises what `load_encoder` does.
+    `encoder` is what `load_encoder` takes as its name; needed for an encoder in a file, whose place
+    no description tells. The caller compares identities. Raises what `load_encoder` does.
     """
-    load = _loader(str(description["name"]))
+    load = find_load(str(description["name"]) if encoder is None else encoder)
     options = {"frontend": description["frontend"]} if _takes_frontend(load) else {}
     return _load(load, weights, device, options)
-
-
-def _loader(name: str) -> Callable[..., Encoder]:
-    if name not in encoder_names():
-        raise EncoderError(f"unknown encoder {name!r}; there are: {', '.join(encoder_names())}")
-    load: Callable[..., Encoder] = import_module(ENCODERS[name.removesuffix("+")].module).load
-    return load
 
 
 def _takes_frontend(load: Callable[..., Encoder]) -> bool:

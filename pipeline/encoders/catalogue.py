@@ -31,6 +31,11 @@ class EncoderEntry:
     has_fine_tuned: bool = False
     """Whether fine-tuned files load too; then the encoder's name is this one with a +."""
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What `load_encoder` takes for it."""
+        return (self.name, f"{self.name}+") if self.has_fine_tuned else (self.name,)
+
 
 def _entry(
     name: str,
@@ -189,5 +194,11 @@ _ENTRIES = (
         n_layers=4,
     ),
 )
-ENCODERS = {entry.name: entry for entry in _ENTRIES}
-"""Name -> entry, of the encoders that are shipped."""
+ENCODERS = {entry.name: entry for entry in sorted(_ENTRIES, key=lambda entry: entry.name)}
+"""Name -> entry, of the encoders that are shipped; by name."""
+
+
+def shipped(name: str) -> EncoderEntry | None:
+    """The entry of a name, also of one with a + for fine-tuned weights; None for others."""
+    base = ENCODERS.get(name.removesuffix("+"))
+    return None if base is None or name not in base.names else base

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import torch
-from torch import nn
 
+from patchbank.pipeline.encoders.digests import state_sha256
 from patchbank.pipeline.encoders.tiny import (
     TinyConfig,
     TinyEncoder,
@@ -35,11 +34,3 @@ def load(weights: Path | None, device: torch.device | str) -> TinyEncoder:
         source=f"drawn from seed {SEED}",
     )
     return TinyEncoder(model, spec).to(device)
-
-
-def state_sha256(model: nn.Module) -> str:
-    """SHA-256 of a model's tensors, each as its name and its bytes, in order of name."""
-    state = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        state.update(name.encode() + value.cpu().numpy().tobytes())
-    return state.hexdigest()

@@ -8,15 +8,14 @@ own name in `probe.json`, so a name never changes its meaning.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from patchbank.pipeline.errors import TrialError
-from patchbank.probing.probes.base import Options, Probe, ProbeShape
+from patchbank.probing.probes.base import Build, Options, Probe, ProbeShape
+from patchbank.probing.probes.installed import installed_build
 from patchbank.probing.probes.linear import build_linear, build_linear_cls
 from patchbank.probing.probes.mhca import build_mhca
 from patchbank.probing.probes.prototypes import build_protobin, build_protofloat
-
-Build = Callable[[ProbeShape, Options], Probe]
 
 PROBES: Mapping[str, Build] = {
     "linear": build_linear,
@@ -28,12 +27,17 @@ PROBES: Mapping[str, Build] = {
 
 
 def build_probe(name: str, shape: ProbeShape, options: Options | None = None) -> Probe:
-    """The probe family `name` for tokens and classes of `shape`; raises `TrialError`."""
-    if name not in PROBES:
+    """The probe family `name` for tokens and classes of `shape`; raises `TrialError`.
+
+    A family that is not in `PROBES` comes from an installed package: an entry point of the group
+    `patchbank.probes` whose module has `build(shape, options)`. Only that one is imported.
+    """
+    build = PROBES[name] if name in PROBES else installed_build(name)
+    if build is None:
         near = difflib.get_close_matches(name, PROBES, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise TrialError(
             f"found probe {name!r}, expected one of {', '.join(PROBES)}{hint} "
             "(list them with: patchbank probes)"
         )
-    return PROBES[name](shape, options or {})
+    return build(shape, options or {})

@@ -8,7 +8,7 @@ are a slice.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -60,6 +60,10 @@ class Probe(Protocol):
     def logits(self, weights: Weights, tokens: Tokens, *, dropout: Dropout | None = None) -> Logits:
         """Logits of stacked trials for one batch; `dropout` is None outside training."""
         ...
+
+
+Build = Callable[[ProbeShape, Options], Probe]
+"""Makes a family for a shape, or raises `TrialError` for options that it does not have."""
 
 
 def stacked_weights(probe: Probe, name: str, seeds: Sequence[int]) -> Weights:
