@@ -10,6 +10,7 @@ import typer
 
 from patchbank.cli import convert
 from patchbank.cli.bars import byte_bar
+from patchbank.cli.encoder_options import Weights
 from patchbank.pipeline.errors import (
     BankCorrupt,
     BankError,
@@ -45,7 +46,7 @@ def verify(
             help="Also encode the golden clip with this encoder and compare.",
         ),
     ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Its checkpoint.")] = None,
+    weights: Weights = None,
     device: Annotated[str, typer.Option(help="For --encoder: auto, cpu, cuda ...")] = "auto",
     json_output: AsJson = False,
 ) -> None:
@@ -96,17 +97,23 @@ def verify(
 
 
 def golden_problems(
-    bank: Path, encoder: str, weights: Path | None, device: str
+    bank: Path, encoder: str, weights: str | None, device: str
 ) -> tuple[tuple[str, ...], Facts]:
     """Where an encoder disagrees with the golden clip of a bank, and the errors of every step."""
     from patchbank.pipeline.bank import open_bank
-    from patchbank.pipeline.encoders import load_encoder
+    from patchbank.pipeline.encoders import load_encoder, reload_encoder
+    from patchbank.pipeline.encoders.discovery import is_file
     from patchbank.pipeline.environment import choose_device
     from patchbank.pipeline.golden import check_golden
 
-    chosen = choose_device(device)
-    model = load_encoder(encoder, weights=weights, device=chosen)
-    check = check_golden(open_bank(bank), model, device=chosen)
+    opened, chosen = open_bank(bank), choose_device(device)
+    described = opened.card["encoder"]
+    if is_file(encoder) or encoder.removesuffix("+") == described["name"].removesuffix("+"):
+        # With the constants that were chosen for the bank's front end.
+        model = reload_encoder(described, weights=weights, device=chosen, encoder=encoder)
+    else:
+        model = load_encoder(encoder, weights=weights, device=chosen)
+    check = check_golden(opened, model, device=chosen)
     return check.problems, dict(check.errors)
 
 

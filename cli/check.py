@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from patchbank.cli.encoder_options import FrontEndConstants, Preset, Weights, parse_constants
 from patchbank.pipeline.errors import EncoderError
 
 if TYPE_CHECKING:
@@ -18,7 +18,9 @@ def check(
         str,
         typer.Argument(metavar="FILE.py|NAME", help="An encoder of your own, or one by its name."),
     ],
-    weights: Annotated[Path | None, typer.Option(help="Checkpoint of the encoder.")] = None,
+    weights: Weights = None,
+    preset: Preset = None,
+    frontend: FrontEndConstants = None,
     window_s: Annotated[
         float, typer.Option(min=0.01, help="Length of the clips to try, seconds.")
     ] = 10.0,
@@ -36,9 +38,11 @@ def check(
     from patchbank.pipeline.encoders.contract import check_encoder
     from patchbank.pipeline.environment import choose_device
 
-    chosen = choose_device(device)
+    chosen, constants = choose_device(device), parse_constants(frontend)
     results = check_encoder(
-        lambda: load_encoder(encoder, weights=weights, device=chosen),
+        lambda: load_encoder(
+            encoder, weights=weights, device=chosen, preset=preset, frontend=constants
+        ),
         reference=encoder,
         window_s=window_s,
         device=chosen,

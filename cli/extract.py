@@ -10,6 +10,7 @@ import typer
 
 from patchbank.cli.bars import clip_bar
 from patchbank.cli.choices import Pad, StoredDType
+from patchbank.cli.encoder_options import FrontEndConstants, Preset, Weights, parse_constants
 from patchbank.pipeline.errors import PatchbankError
 
 if TYPE_CHECKING:
@@ -29,7 +30,9 @@ def extract(
         ),
     ],
     out: Annotated[Path, typer.Option(help="The bank to make or to finish.")],
-    weights: Annotated[Path | None, typer.Option(help="Checkpoint of the encoder.")] = None,
+    weights: Weights = None,
+    preset: Preset = None,
+    frontend: FrontEndConstants = None,
     audio_root: Annotated[
         Path | None, typer.Option(help="What paths are relative to. [default: the table's folder]")
     ] = None,
@@ -67,6 +70,8 @@ def extract(
         device=device,
         batch_size=batch_size,
         scheduler=scheduler,
+        preset=preset,
+        frontend=parse_constants(frontend),
     )
     extraction = prepare(
         clips, encoder=encoder, out=out, weights=weights, audio_root=audio_root, settings=settings

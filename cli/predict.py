@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
+from patchbank.cli.encoder_options import Weights
 from patchbank.pipeline.errors import AudioError, EncoderError, PatchbankError
 
 if TYPE_CHECKING:
@@ -33,9 +34,7 @@ def predict(
     probe: Annotated[
         str | None, typer.Option(help="Which probe of the run. [default: best on validation]")
     ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="The encoder's checkpoint, where it is not bundled.")
-    ] = None,
+    weights: Weights = None,
     encoder: Annotated[
         str | None,
         typer.Option(metavar="FILE.py", help="The encoder, if it is your own."),
@@ -92,7 +91,7 @@ def rows_of_bank(artefact: ProbeArtefact, path: Path) -> Iterator[Row]:
 
 
 def open_stream(
-    artefact: ProbeArtefact, *, weights: Path | None, encoder: str | None, device: str
+    artefact: ProbeArtefact, *, weights: str | None, encoder: str | None, device: str
 ) -> TokenStream:
     """The probe's encoder and its bank's settings; `BankMismatch` for other weights."""
     from patchbank.pipeline.encoders import reload_encoder

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
@@ -36,6 +36,7 @@ from patchbank.pipeline.bank.schema import BankSchema
 from patchbank.pipeline.bank.seal_record import SEAL
 from patchbank.pipeline.encoders import load_encoder
 from patchbank.pipeline.encoders.discovery import absolute_reference
+from patchbank.pipeline.encoders.hub import locate_weights
 from patchbank.pipeline.environment import choose_device
 from patchbank.pipeline.errors import (
     BankError,
@@ -71,6 +72,10 @@ class ExtractionSettings:
     n_decode_threads: int | None = None
     scheduler: str | None = None
     """Address of a Dask scheduler; None starts one worker in this process."""
+    preset: str | None = None
+    """Convention of the encoder's front end; None is as published."""
+    frontend: Mapping[str, Any] = field(default_factory=dict)
+    """Constants of the front end that differ from the preset's."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,14 @@ def prepare(
     `EncoderError`, or `BankMismatch` where another bank lies at `out`.
     """
     table = read_manifest(source, audio_root=audio_root, window=settings.window)
-    model = load_encoder(encoder, weights=weights, device="cpu")
+    reference = None if weights is None else locate_weights(weights).reference
+    model = load_encoder(
+        encoder,
+        weights=reference,
+        device="cpu",
+        preset=settings.preset,
+        frontend=settings.frontend,
+    )
     recipe = Recipe(
         encoder=model.spec,
         window=settings.window,
@@ -133,7 +145,7 @@ def prepare(
         encoder=absolute_reference(encoder),
         recipe=recipe,
         schema=schema,
-        weights=None if weights is None else Path(weights).absolute(),
+        weights=reference,
         # The workers of a scheduler choose for themselves: they may have what this machine lacks.
         device=settings.device if settings.scheduler else choose_device(settings.device),
         n_decode_threads=settings.n_decode_threads or min(8, os.cpu_count() or 1),

@@ -46,6 +46,7 @@ from patchbank.pipeline.bank.writer import (
 from patchbank.pipeline.encoders import reload_encoder
 from patchbank.pipeline.encoders.base import TokenMap
 from patchbank.pipeline.encoders.discovery import is_file
+from patchbank.pipeline.encoders.hub import is_remote
 from patchbank.pipeline.environment import choose_device, environment
 from patchbank.pipeline.errors import (
     AudioError,
@@ -75,7 +76,8 @@ class ExtractionJob:
     """What `load_encoder` takes: a name, or the absolute path of a file."""
     recipe: Recipe
     schema: BankSchema
-    weights: Path | None
+    weights: str | None
+    """`hf:org/repo@commit`, or an absolute path."""
     device: str
     n_decode_threads: int
 
@@ -104,7 +106,7 @@ class ShardExtractor:
         self._job = job
         if not job.audio_root.is_dir():
             raise ManifestError([_not_seen(job.audio_root, "--audio-root")])
-        if job.weights is not None and not job.weights.exists():
+        if job.weights and not is_remote(job.weights) and not Path(job.weights).exists():
             raise EncoderError(
                 f"{socket.gethostname()} finds no weights at {job.weights}; every worker needs "
                 "them under that path"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from patchbank.pipeline.encoders.discovery import find_load
-from patchbank.pipeline.encoders.hub import locate_weights
+from patchbank.pipeline.encoders.hub import is_remote, locate_weights
 from patchbank.pipeline.errors import EncoderError
 from patchbank.pipeline.specs import Json
 
@@ -85,6 +85,6 @@ def _load(
         return load(None, device, **options)
     located = locate_weights(weights)
     encoder = load(located.path, device, **options)
-    if located.is_remote:
+    if is_remote(weights):
         encoder.spec = replace(encoder.spec, source=located.reference)
     return encoder

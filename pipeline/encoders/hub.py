@@ -31,7 +31,11 @@ class Located:
     """A file, or a folder with weights and config.json."""
     reference: str
     """`hf:org/repo@commit[:file]`, or the absolute path."""
-    is_remote: bool
+
+
+def is_remote(weights: Path | str) -> bool:
+    """Whether weights lie on the hub."""
+    return str(weights).startswith(PREFIX)
 
 
 def locate_weights(weights: Path | str) -> Located:
@@ -40,12 +44,12 @@ def locate_weights(weights: Path | str) -> Located:
     Raises `EncoderError` where there is no such path, repository, revision or file, or no way to
     the hub.
     """
-    if isinstance(weights, str) and weights.startswith(PREFIX):
-        return _fetch(weights)
+    if is_remote(weights):
+        return _fetch(str(weights))
     path = Path(weights)
     if not path.exists():
         raise EncoderError(f"no weights at {path}; give the path of the checkpoint file")
-    return Located(path, str(path.absolute()), is_remote=False)
+    return Located(path, str(path.absolute()))
 
 
 def _fetch(reference: str) -> Located:
@@ -61,7 +65,7 @@ def _fetch(reference: str) -> Located:
         if not (folder / name).is_file():
             continue
         pinned = f"{PREFIX}{repo}@{folder.name}" + (f":{file}" if file else "")
-        return Located(folder / name if file else folder, pinned, is_remote=True)
+        return Located(folder / name if file else folder, pinned)
     raise EncoderError(
         f"{repo} at {revision} has no {file or ' or '.join(WEIGHTS)}; name the file: "
         f"{PREFIX}{repo}@{revision}:FILE"
