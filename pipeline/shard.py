@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -58,6 +59,8 @@ from patchbank.pipeline.golden import GOLDEN_RATE_HZ, golden_frames, write_golde
 from patchbank.pipeline.sound_file import FILE_IS_GONE
 from patchbank.pipeline.specs import Json, Recipe, differing_fields
 from patchbank.pipeline.tokens import StoredTokens, counted_patches, store_tokens
+from patchbank.pipeline.view_audio import made_view
+from patchbank.pipeline.views import Draw, draws_of
 
 READ_AHEAD_BATCHES = 2
 
@@ -78,6 +81,18 @@ class ExtractionJob:
 
 
 @dataclass(frozen=True)
+class ShardClips:
+    """Rows of the clip table on their way to a worker."""
+
+    clips: pa.Table
+    sources: pa.Table | None = None
+    """`clip_id, path, start_s, duration_s` of what is mixed into views among them."""
+
+    def __len__(self) -> int:
+        return int(self.clips.num_rows)
+
+
+@dataclass(frozen=True)
 class ShardReport:
     """What became of a shard's clips."""
 
@@ -87,6 +102,9 @@ class ShardReport:
 
 
 Decoded = DecodedClip | AudioError
+Stretch = Mapping[str, Any]
+"""Where the audio of a clip lies: `path`, `start_s`, `duration_s`."""
+STRETCH = ("path", "start_s", "duration_s")
 
 
 class ShardExtractor:
@@ -142,7 +160,7 @@ class ShardExtractor:
         return environment(self._device)
 
     def calibrate(
-        self, clips: pa.Table, layers: tuple[int, ...], batch_size: int
+        self, clips: ShardClips, layers: tuple[int, ...], batch_size: int
     ) -> dict[int, ChannelConstants]:
         """Channel constants of `layers` over all patches of `clips`; failed clips are left out."""
         statistics = {
@@ -203,7 +221,7 @@ class ShardExtractor:
                 raise
 
     def extract(
-        self, shard: int, clips: pa.Table, extraction: Json, *, is_last_call: bool = True
+        self, shard: int, clips: ShardClips, extraction: Json, *, is_last_call: bool = True
     ) -> ShardReport | None:
         """Decodes, encodes, writes and commits the rows of one shard.
 
@@ -248,15 +266,17 @@ class ShardExtractor:
                 differing_fields(found, expected),
             )
 
-    def _committed(self, shard: int, clips: pa.Table) -> ShardReport | None:
+    def _committed(self, shard: int, clips: ShardClips) -> ShardReport | None:
         # A growth that another process has finished lies in the bank itself.
         for folder in {self._job.folder, self._job.bank}:
             record = read_record(folder, shard_name(shard))
-            if record is not None and record["rows_sha256"] == rows_digest(clips):
+            if record is not None and record["rows_sha256"] == rows_digest(clips.clips):
                 return ShardReport(shard, record["n_done"], record["n_failed"])
         return None
 
-    def _extract(self, attempt: Path, shard: int, clips: pa.Table, extraction: Json) -> ShardReport:
+    def _extract(
+        self, attempt: Path, shard: int, clips: ShardClips, extraction: Json
+    ) -> ShardReport:
         facts: list[RowFacts] = []
         with ExitStack() as stack:
             writers = self._open_writers(stack, attempt, shard)
@@ -265,10 +285,11 @@ class ShardExtractor:
             files = {suffix: writer.finish() for suffix, writer in writers.items()}
         self._refuse_hopeless(facts)
         digests = {suffix: file.digests for suffix, file in files.items()}
-        part = write_part(attempt, shard, part_table(clips, facts, digests, self._job.schema))
+        part = write_part(attempt, shard, part_table(clips.clips, facts, digests, self._job.schema))
         n_failed = sum(fact.failure is not None for fact in facts)
         n_done = len(facts) - n_failed
-        record: Json = {"n_done": n_done, "n_failed": n_failed, "rows_sha256": rows_digest(clips)}
+        rows_sha256 = rows_digest(clips.clips)
+        record: Json = {"n_done": n_done, "n_failed": n_failed, "rows_sha256": rows_sha256}
         here = self.environment()
         if here != {key: value for key, value in extraction.items() if key != "batch_size"}:
             record["extraction"] = [here]
@@ -291,30 +312,59 @@ class ShardExtractor:
             writers[array.column_suffix] = stack.enter_context(writer)
         return writers
 
-    def _decoded_batches(self, clips: pa.Table, size: int) -> Iterator[list[Decoded]]:
+    def _decoded_batches(self, clips: ShardClips, size: int) -> Iterator[list[Decoded]]:
         """Decoded clips, a batch at a time, with `READ_AHEAD_BATCHES` batches under way."""
-        rows = clips.select(["path", "start_s", "duration_s"]).to_pylist()
+        rows = clips.clips.select(STRETCH).to_pylist()
+        views = self._views_of(clips)
         waiting: deque[list[Future[Decoded]]] = deque()
         for start in range(0, len(rows), size):
-            batch = rows[start : start + size]
-            waiting.append([self._decoders.submit(self._decode, **row) for row in batch])
+            batch = range(start, min(start + size, len(rows)))
+            waiting.append(
+                [self._decoders.submit(self._decode, rows[row], *views[row]) for row in batch]
+            )
             if len(waiting) > READ_AHEAD_BATCHES:
                 yield [future.result() for future in waiting.popleft()]
         while waiting:
             yield [future.result() for future in waiting.popleft()]
 
-    def _decode(self, *, path: str, start_s: float, duration_s: float) -> Decoded:
-        recipe = self._job.recipe
-        try:
-            return decode_clip(
-                self._job.audio_root / path,
-                start_s=start_s,
-                duration_s=duration_s,
-                window=recipe.window,
-                sample_rate_hz=recipe.encoder.sample_rate_hz,
+    def _views_of(self, clips: ShardClips) -> list[tuple[Draw | None, dict[str, Stretch]]]:
+        """How each row is made, and where its sources lie; None of what is decoded as it is."""
+        if self._job.recipe.augment is None or clips.sources is None:
+            return [(None, {})] * len(clips)
+        sources = {row.pop("clip_id"): row for row in clips.sources.to_pylist()}
+        return [
+            (draw, {name: sources[name] for name in draw.mix_sources}) if view else (None, {})
+            for view, draw in zip(
+                clips.clips["view"].to_pylist(), draws_of(clips.clips), strict=True
             )
+        ]
+
+    def _decode(
+        self, stretch: Stretch, draw: Draw | None, sources: Mapping[str, Stretch]
+    ) -> Decoded:
+        try:
+            clip = self._decode_stretch(stretch)
+            if draw is None:
+                return clip
+            return made_view(clip, [self._decode_source(*item) for item in sources.items()], draw)
         except AudioError as error:
             return error
+
+    def _decode_source(self, clip_id: str, stretch: Stretch) -> DecodedClip:
+        try:
+            return self._decode_stretch(stretch)
+        except AudioError as error:
+            raise AudioError(f"{clip_id!r}, which is mixed in: {error}") from error
+
+    def _decode_stretch(self, stretch: Stretch) -> DecodedClip:
+        recipe = self._job.recipe
+        return decode_clip(
+            self._job.audio_root / stretch["path"],
+            start_s=stretch["start_s"],
+            duration_s=stretch["duration_s"],
+            window=recipe.window,
+            sample_rate_hz=recipe.encoder.sample_rate_hz,
+        )
 
     def _write_batch(
         self, decoded: list[Decoded], writers: Mapping[str, ShardFileWriter]
@@ -386,7 +436,14 @@ class ShardExtractor:
             small=small,
             audio_sha256=None if isinstance(clip, AudioError) else clip.audio_sha256,
             failure=failure,
+            mix_gains=self._mix_gains(clip),
         )
+
+    def _mix_gains(self, clip: Decoded) -> tuple[float, ...] | None:
+        augment = self._job.recipe.augment
+        if augment is None or augment.mixup is None:
+            return None
+        return () if isinstance(clip, AudioError) else clip.mix_gains
 
     def _refuse_hopeless(self, facts: list[RowFacts]) -> None:
         """Stops the run where the encoder or the disk, not the audio, fails on a whole shard."""

@@ -24,7 +24,7 @@ from patchbank.pipeline import workers
 from patchbank.pipeline.bank import open_bank
 from patchbank.pipeline.errors import BankError, EncoderError, ManifestError, PatchbankError
 from patchbank.pipeline.extraction import Progress, extract, prepare
-from patchbank.pipeline.shard import ShardExtractor
+from patchbank.pipeline.shard import ShardClips, ShardExtractor
 
 N_SHARDS = 20
 
@@ -218,7 +218,10 @@ def test_a_worker_names_itself_and_the_path_that_it_does_not_see(
         ShardExtractor(replace(job, weights=elsewhere))
     extractor = ShardExtractor(job)
     clips = prepared.clips.slice(0, 16)
-    for work in (extractor.golden, lambda: extractor.extract(0, clips, {"batch_size": 16})):
+    for work in (
+        extractor.golden,
+        lambda: extractor.extract(0, ShardClips(clips), {"batch_size": 16}),
+    ):
         with pytest.raises(BankError, match=rf"^{here} sees no bank at {bank}: --out must lie on"):
             work()
     extractor.close()
