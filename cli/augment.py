@@ -28,7 +28,7 @@ def parse_augment(texts: Sequence[str], *, n_views: int, seed: int | None) -> Au
             )
         if seed is not None:
             raise typer.BadParameter(
-                "found --augment-seed without --augment, expected what it seeds: add --augment mixup"
+                "found --augment-seed without --augment, expected what it seeds: --augment mixup"
             )
         return None
     if not n_views:

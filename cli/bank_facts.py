@@ -124,8 +124,8 @@ def readable_augment(augment: Facts) -> str:
     made = []
     for name in ("mixup", "shift", "gain"):
         if name in augment:
-            values = ", ".join(f"{key} {value}" for key, value in augment[name].items())
-            made.append(f"{name} ({values})")
+            values = [f"{key} {value}" for key, value in augment[name].items() if value is not None]
+            made.append(f"{name} ({', '.join(values)})" if values else name)
     return f"{', '.join(made)}, seed {augment['seed']}"
 
 

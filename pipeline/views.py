@@ -91,10 +91,9 @@ def _check(table: ClipTable, n_views: int) -> None:
         if name in names and name != MIX_SOURCES:
             message = "a bank that makes views writes a column of that name itself; rename yours"
             raise _error(table, name, message)
-    for clip_id, view in zip(
-        *(table.clips[n].to_pylist() for n in ("clip_id", "view")), strict=True
-    ):
+    for row, view in enumerate(table.clips["view"].to_pylist()):
         if view:
+            clip_id = table.clips["clip_id"][row].as_py()
             message = (
                 f"found view {view} of {clip_id!r}, expected clean clips to make views of; leave "
                 "--views out, or those rows"

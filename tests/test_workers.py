@@ -217,11 +217,8 @@ def test_a_worker_names_itself_and_the_path_that_it_does_not_see(
     with pytest.raises(EncoderError, match=rf"^{here} finds no weights at {elsewhere}; every"):
         ShardExtractor(replace(job, weights=elsewhere))
     extractor = ShardExtractor(job)
-    clips = prepared.clips.slice(0, 16)
-    for work in (
-        extractor.golden,
-        lambda: extractor.extract(0, ShardClips(clips), {"batch_size": 16}),
-    ):
+    clips = ShardClips(prepared.clips.slice(0, 16))
+    for work in (extractor.golden, lambda: extractor.extract(0, clips, {"batch_size": 16})):
         with pytest.raises(BankError, match=rf"^{here} sees no bank at {bank}: --out must lie on"):
             work()
     extractor.close()
