@@ -70,8 +70,10 @@ class Extraction:
     ones."""
     job: ExtractionJob
     batch_size: int | None
+    drawn: pa.Table
+    """The clips of the table with all the views that are made of them."""
     schema: BankSchema
-    """Of a bank that is made of the table at once."""
+    """Of a bank that is made of these at once."""
     n_views: int = 0
     grows: Bank | None = None
     """The sealed bank that gets more clips; None where a bank is made."""
@@ -85,11 +87,6 @@ class Extraction:
         """Where in `clips` each clip's view 0 stands."""
         rows = zip(self.clips["clip_id"].to_pylist(), self.clips["view"].to_pylist(), strict=True)
         return {clip_id: row for row, (clip_id, view) in enumerate(rows) if view == 0}
-
-    def rows(self, known: pa.Table | None = None) -> pa.Table:
-        """The clips of the table and the views that are made of them; rows that a bank has already,
-        `known`, keep their draws."""
-        return _rows(self.table, self.job.recipe, self.n_views, known=known)
 
 
 def prepare(
@@ -140,7 +137,9 @@ def prepare(
     plan = plan_extraction(bank, recipe, schema)
     with telling_of_a_full_disk(bank):
         return fit_to_bank(
-            Extraction(plan, table, clips, job, settings.batch_size, schema, settings.n_views)
+            Extraction(
+                plan, table, clips, job, settings.batch_size, clips, schema, settings.n_views
+            )
         )
 
 
@@ -165,7 +164,7 @@ def fit_to_bank(extraction: Extraction) -> Extraction:
     extraction = replace(
         extraction,
         plan=plan_extraction(bank, extraction.job.recipe, schema),
-        clips=extraction.rows(),
+        clips=extraction.drawn,
         job=replace(extraction.job, folder=bank, schema=schema),
         grows=None,
     )
@@ -237,7 +236,9 @@ def _fit_to_sealed(extraction: Extraction, bank: Bank) -> Extraction:
     """Nothing is left to do, or a growth by the clips that the bank lacks."""
     known = table_of(bank.clips)
     _check_no_view_less(known, extraction)
-    added = added_clips(known, extraction.rows(known), bank=bank.path)
+    # Rows that are there keep their draws, which a longer table would change.
+    rows = _rows(extraction.table, extraction.job.recipe, extraction.n_views, known=known)
+    added = added_clips(known, rows, bank=bank.path)
     schema = bank.schema
     if not len(added):
         job = replace(extraction.job, schema=schema)

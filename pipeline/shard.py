@@ -37,6 +37,7 @@ from patchbank.pipeline.bank.quantised import (
     load_constants,
 )
 from patchbank.pipeline.bank.schema import POOLED, BankSchema, TokenArray
+from patchbank.pipeline.bank.seal_record import brief
 from patchbank.pipeline.bank.writer import (
     FileRecord,
     ShardFileWriter,
@@ -354,7 +355,7 @@ class ShardExtractor:
         try:
             return self._decode_stretch(stretch)
         except AudioError as error:
-            raise AudioError(f"{clip_id!r}, which is mixed in: {error}") from error
+            raise AudioError(f"{brief(clip_id)}, which is mixed in: {error}") from error
 
     def _decode_stretch(self, stretch: Stretch) -> DecodedClip:
         recipe = self._job.recipe

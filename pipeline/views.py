@@ -15,7 +15,7 @@ import hashlib
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any
 
@@ -171,20 +171,18 @@ def draw_view(
     def uniforms(purpose: str, n: int) -> list[float]:
         return _uniforms([augment.seed, purpose, clip_id, view], n)
 
-    sources: tuple[str, ...] = ()
-    snr_db: tuple[float, ...] = ()
+    draw = Draw()
     if augment.mixup is not None:
         numbers = uniforms("mixup", 2 + 2 * augment.mixup.max_sources)
-        sources, snr_db = _draw_mix(augment.mixup, numbers, pool, clip_id)
-    [shift] = uniforms("shift", 1)
-    [gain] = uniforms("gain", 1)
-    louder = augment.gain
-    return Draw(
-        sources,
-        snr_db,
-        shifts[int(shift * len(shifts))],
-        0.0 if louder is None else louder.min_db + gain * (louder.max_db - louder.min_db),
-    )
+        draw = Draw(*_draw_mix(augment.mixup, numbers, pool, clip_id))
+    if augment.shift is not None:
+        [number] = uniforms("shift", 1)
+        draw = replace(draw, shift_samples=shifts[int(number * len(shifts))])
+    if augment.gain is not None:
+        [number] = uniforms("gain", 1)
+        range_db = augment.gain.max_db - augment.gain.min_db
+        draw = replace(draw, gain_db=augment.gain.min_db + number * range_db)
+    return draw
 
 
 def _uniforms(key: Sequence[object], n: int) -> list[float]:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 CRC_TABLE = list(range(256))
 for _ in range(8):
     CRC_TABLE = [(entry >> 1) ^ (0x82F63B78 if entry & 1 else 0) for entry in CRC_TABLE]
-RECIPE = "encoder window stored_dtype compute_dtype mask_padding quantisation augment".split()
+RECIPE = ("encoder", "window", "stored_dtype", "compute_dtype", "mask_padding", "quantisation")
 ROW = ("clip_id", "view", "path", "start_s", "duration_s", "audio_sha256", "status")
 to_json = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False).encode
 DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "int8": "i1", "int4": "u1"}
@@ -35,7 +35,7 @@ class FormatReader:
         self.attributes = json.loads((bank / "zarr.json").read_bytes())["attributes"]
         self.card, self.clips = self.attributes["card"], pq.read_table(bank / "clips.parquet")
         require(self.attributes["patchbank_format"] == self.seal["format"] == 1, "format")
-        recipe = {key: self.card[key] for key in RECIPE if key in self.card}
+        recipe = {key: self.card[key] for key in (*RECIPE, "augment") if key in self.card}
         recipe["layers"] = sorted(map(int, self.card["layers"]))
         rows = [list(row.values()) for row in self.clips.select(ROW).to_pylist()]
         lines = [self.seal["recipe_id"], *(to_json(row) for row in rows if row[-1] != 3)]
