@@ -5,14 +5,11 @@ from __future__ import annotations
 import io
 import socket
 import threading
-from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float32, Shaped
 
-from patchbank.pipeline.audio import DecodedClip, decode_clip, fit_to_encoder
+from patchbank.pipeline.audio import DecodedClip, fit_to_encoder
 from patchbank.pipeline.bank.card import read_attributes, recipe_of_card
 from patchbank.pipeline.bank.commit import (
     commit,
@@ -37,7 +34,6 @@ from patchbank.pipeline.bank.quantised import (
     load_constants,
 )
 from patchbank.pipeline.bank.schema import POOLED, BankSchema, TokenArray
-from patchbank.pipeline.bank.seal_record import brief
 from patchbank.pipeline.bank.writer import (
     FileRecord,
     ShardFileWriter,
@@ -45,6 +41,7 @@ from patchbank.pipeline.bank.writer import (
     write_durably,
     writer_threads,
 )
+from patchbank.pipeline.decoding import Decoded, Decoders, ShardClips
 from patchbank.pipeline.encoders import reload_encoder
 from patchbank.pipeline.encoders.base import TokenMap
 from patchbank.pipeline.environment import choose_device, environment
@@ -60,10 +57,6 @@ from patchbank.pipeline.golden import GOLDEN_RATE_HZ, golden_frames, write_golde
 from patchbank.pipeline.sound_file import FILE_IS_GONE
 from patchbank.pipeline.specs import Json, Recipe, differing_fields
 from patchbank.pipeline.tokens import StoredTokens, counted_patches, store_tokens
-from patchbank.pipeline.view_audio import made_view
-from patchbank.pipeline.views import Draw, draws_of
-
-READ_AHEAD_BATCHES = 2
 
 
 @dataclass(frozen=True)
@@ -82,30 +75,12 @@ class ExtractionJob:
 
 
 @dataclass(frozen=True)
-class ShardClips:
-    """Rows of the clip table on their way to a worker."""
-
-    clips: pa.Table
-    sources: pa.Table | None = None
-    """`clip_id, path, start_s, duration_s` of what is mixed into views among them."""
-
-    def __len__(self) -> int:
-        return int(self.clips.num_rows)
-
-
-@dataclass(frozen=True)
 class ShardReport:
     """What became of a shard's clips."""
 
     shard: int
     n_done: int
     n_failed: int
-
-
-Decoded = DecodedClip | AudioError
-Stretch = Mapping[str, Any]
-"""Where the audio of a clip lies: `path`, `start_s`, `duration_s`."""
-STRETCH = ("path", "start_s", "duration_s")
 
 
 class ShardExtractor:
@@ -135,7 +110,7 @@ class ShardExtractor:
                 differing_fields(found, expected),
             )
         self._grids = self._encoder.grids(self._n_samples)
-        self._decoders = ThreadPoolExecutor(job.n_decode_threads, thread_name_prefix="decode")
+        self._decoders = Decoders(job.audio_root, job.recipe, n_threads=job.n_decode_threads)
         self._writers = writer_threads()
         self._encoding = threading.Lock()
 
@@ -153,7 +128,7 @@ class ShardExtractor:
         return {layer: load_constants(self._job.bank, card, layer) for layer in layers}
 
     def close(self) -> None:
-        self._decoders.shutdown(cancel_futures=True)
+        self._decoders.close()
         self._writers.shutdown(cancel_futures=True)
 
     def environment(self) -> Json:
@@ -167,7 +142,7 @@ class ShardExtractor:
         statistics = {
             layer: ChannelStatistics(self._encoder.spec.layer(layer).dim) for layer in layers
         }
-        for batch in self._decoded_batches(clips, batch_size):
+        for batch in self._decoders.batches(clips, batch_size):
             good = [clip.waveform for clip in batch if isinstance(clip, DecodedClip)]
             if not good:
                 continue
@@ -281,7 +256,7 @@ class ShardExtractor:
         facts: list[RowFacts] = []
         with ExitStack() as stack:
             writers = self._open_writers(stack, attempt, shard)
-            for decoded in self._decoded_batches(clips, int(extraction["batch_size"])):
+            for decoded in self._decoders.batches(clips, int(extraction["batch_size"])):
                 facts.extend(self._write_batch(decoded, writers))
             files = {suffix: writer.finish() for suffix, writer in writers.items()}
         self._refuse_hopeless(facts)
@@ -312,60 +287,6 @@ class ShardExtractor:
             )
             writers[array.column_suffix] = stack.enter_context(writer)
         return writers
-
-    def _decoded_batches(self, clips: ShardClips, size: int) -> Iterator[list[Decoded]]:
-        """Decoded clips, a batch at a time, with `READ_AHEAD_BATCHES` batches under way."""
-        rows = clips.clips.select(STRETCH).to_pylist()
-        views = self._views_of(clips)
-        waiting: deque[list[Future[Decoded]]] = deque()
-        for start in range(0, len(rows), size):
-            batch = range(start, min(start + size, len(rows)))
-            waiting.append(
-                [self._decoders.submit(self._decode, rows[row], *views[row]) for row in batch]
-            )
-            if len(waiting) > READ_AHEAD_BATCHES:
-                yield [future.result() for future in waiting.popleft()]
-        while waiting:
-            yield [future.result() for future in waiting.popleft()]
-
-    def _views_of(self, clips: ShardClips) -> list[tuple[Draw | None, dict[str, Stretch]]]:
-        """How each row is made, and where its sources lie; None of what is decoded as it is."""
-        if self._job.recipe.augment is None or clips.sources is None:
-            return [(None, {})] * len(clips)
-        sources = {row.pop("clip_id"): row for row in clips.sources.to_pylist()}
-        return [
-            (draw, {name: sources[name] for name in draw.mix_sources}) if view else (None, {})
-            for view, draw in zip(
-                clips.clips["view"].to_pylist(), draws_of(clips.clips), strict=True
-            )
-        ]
-
-    def _decode(
-        self, stretch: Stretch, draw: Draw | None, sources: Mapping[str, Stretch]
-    ) -> Decoded:
-        try:
-            clip = self._decode_stretch(stretch)
-            if draw is None:
-                return clip
-            return made_view(clip, [self._decode_source(*item) for item in sources.items()], draw)
-        except AudioError as error:
-            return error
-
-    def _decode_source(self, clip_id: str, stretch: Stretch) -> DecodedClip:
-        try:
-            return self._decode_stretch(stretch)
-        except AudioError as error:
-            raise AudioError(f"{brief(clip_id)}, which is mixed in: {error}") from error
-
-    def _decode_stretch(self, stretch: Stretch) -> DecodedClip:
-        recipe = self._job.recipe
-        return decode_clip(
-            self._job.audio_root / stretch["path"],
-            start_s=stretch["start_s"],
-            duration_s=stretch["duration_s"],
-            window=recipe.window,
-            sample_rate_hz=recipe.encoder.sample_rate_hz,
-        )
 
     def _write_batch(
         self, decoded: list[Decoded], writers: Mapping[str, ShardFileWriter]

@@ -21,8 +21,9 @@ from distributed import (
 )
 
 from patchbank.pipeline.bank.quantised import ChannelConstants
+from patchbank.pipeline.decoding import ShardClips
 from patchbank.pipeline.errors import PatchbankError
-from patchbank.pipeline.shard import ExtractionJob, ShardClips, ShardExtractor, ShardReport
+from patchbank.pipeline.shard import ExtractionJob, ShardExtractor, ShardReport
 from patchbank.pipeline.specs import Json
 
 SHARDS_PER_WORKER = 2

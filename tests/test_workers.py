@@ -22,9 +22,10 @@ from killable import PATIENCE_S, Forks, Moment, Run
 
 from patchbank.pipeline import workers
 from patchbank.pipeline.bank import open_bank
+from patchbank.pipeline.decoding import ShardClips
 from patchbank.pipeline.errors import BankError, EncoderError, ManifestError, PatchbankError
 from patchbank.pipeline.extraction import Progress, extract, prepare
-from patchbank.pipeline.shard import ShardClips, ShardExtractor
+from patchbank.pipeline.shard import ShardExtractor
 
 N_SHARDS = 20
 
