@@ -34,6 +34,7 @@ def bank_facts(bank: Bank) -> Facts:
         "sample_rate_hz": card["encoder"]["sample_rate_hz"],
         "clips": bank.n_clips,
         "views": sum(bool(view) for view in bank.clips["view"].to_pylist()),
+        "augment": card.get("augment"),
         "generations": list(bank.schema.generations),
         "holes": bank.n_rows - bank.n_clips,
         "growing_to": growing_to(bank),
@@ -99,6 +100,8 @@ def readable_facts(facts: Facts) -> Iterator[tuple[str, str]]:
     )
     views = f", {facts['views']} of them views" if facts["views"] else ""
     yield "clips", f"{facts['clips']}{views}, {facts['failed']} failed"
+    if facts["augment"]:
+        yield "views", readable_augment(facts["augment"])
     for reason, n_clips in facts["reasons"].items():
         yield "", f"{n_clips} x {reason}"
     if facts["holes"]:
@@ -114,6 +117,16 @@ def readable_facts(facts: Facts) -> Iterator[tuple[str, str]]:
         yield "made from", f"{parent['fingerprint'][:12]}, {parent['stored_dtype']}"
     yield "licence", facts["licence"] or "not stated"
     yield "source", facts["source"] or "not stated"
+
+
+def readable_augment(augment: Facts) -> str:
+    """How views were made: each augmentation with its parameters, and the seed."""
+    made = []
+    for name in ("mixup", "shift", "gain"):
+        if name in augment:
+            values = [f"{key} {value}" for key, value in augment[name].items() if value is not None]
+            made.append(f"{name} ({', '.join(values)})" if values else name)
+    return f"{', '.join(made)}, seed {augment['seed']}"
 
 
 def readable_measurements(measured: list[Facts]) -> Iterator[str]:

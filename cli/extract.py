@@ -14,6 +14,8 @@ from patchbank.cli.encoder_options import FrontEndConstants, Preset, Weights, pa
 from patchbank.pipeline.errors import PatchbankError
 
 if TYPE_CHECKING:
+    import pyarrow as pa
+
     from patchbank.pipeline.bank import Bank
     from patchbank.pipeline.manifest import ClipTable
     from patchbank.pipeline.preparation import Extraction
@@ -46,6 +48,21 @@ def extract(
     mask_padding: Annotated[
         bool, typer.Option("--mask-padding", help="Count only patches that hold audio.")
     ] = False,
+    views: Annotated[
+        int, typer.Option(min=0, help="Views to make of each training clip, with --augment.")
+    ] = 0,
+    augment: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="mixup|shift|gain",
+            help="How views are made; several times for several, with parameters as in "
+            "mixup:p=0.9,min_snr_db=2,max_snr_db=30,max_sources=3 shift:max_s=2 "
+            "gain:min_db=-6,max_db=6.",
+        ),
+    ] = None,
+    augment_seed: Annotated[
+        int | None, typer.Option(min=0, help="What views are drawn from. [default: 0]")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Clips encoded together.")] = None,
     scheduler: Annotated[
@@ -58,6 +75,7 @@ def extract(
 
     The same line again finishes what an earlier one began.
     """
+    from patchbank.cli.augment import parse_augment
     from patchbank.pipeline.extraction import ExtractionSettings, prepare
     from patchbank.pipeline.extraction import run as run_extraction
     from patchbank.pipeline.specs import WindowSpec
@@ -67,6 +85,8 @@ def extract(
         layers=parse_layers(layers),
         stored_dtype=dtype.value,
         mask_padding=mask_padding,
+        n_views=views,
+        augment=parse_augment(augment or [], n_views=views, seed=augment_seed),
         device=device,
         batch_size=batch_size,
         scheduler=scheduler,
@@ -104,6 +124,7 @@ def print_plan(extraction: Extraction, *, as_json: bool) -> None:
     plan = extraction.plan
     facts = {
         "clips": plan.schema.n_clips,
+        "views": count_views(extraction.clips),
         "clips_missing": sum(len(plan.schema.rows_of(shard)) for shard in plan.missing_shards),
         "shards": plan.schema.n_shards,
         "shards_missing": len(plan.missing_shards),
@@ -123,13 +144,19 @@ def print_plan(extraction: Extraction, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(facts))
         return
-    print(f"clips    {facts['clips']}, {facts['clips_missing']} to encode")
+    views = f", {facts['views']} of them views" if facts["views"] else ""
+    print(f"clips    {facts['clips']}{views}, {facts['clips_missing']} to encode")
     print(f"shards   {facts['shards']}, {facts['shards_missing']} still to do")
     for spec in plan.schema.layers:
         grid = plan.schema.grids[spec.layer]
         print(f"layer {spec.layer:<2} {grid.time} x {grid.freq} patches of {spec.dim}")
     print(f"size     {human_bytes(plan.total_bytes)}, {human_bytes(plan.missing_bytes)} to write")
     print(f"free     {human_bytes(plan.free_bytes)} at {extraction.bank.parent}")
+
+
+def count_views(clips: pa.Table) -> int:
+    """Rows of a clip table that are no clean clip."""
+    return sum(bool(view) for view in clips["view"].to_pylist())
 
 
 def write_labels(table: ClipTable, out: Path) -> Path | None:

@@ -72,7 +72,7 @@ def predict(
 
 
 def rows_of_bank(artefact: ProbeArtefact, path: Path) -> Iterator[Row]:
-    """One row for each clip of a bank that has tokens."""
+    """One row for each clip of a bank that has tokens; its views are left out."""
     import numpy as np
 
     from patchbank.pipeline.bank import open_bank
@@ -80,8 +80,10 @@ def rows_of_bank(artefact: ProbeArtefact, path: Path) -> Iterator[Row]:
 
     bank = open_bank(path)
     artefact.check_encoder(bank.card["encoder"], bank.encoder_id)
-    clips = bank.clips.select(["clip_id", "start_s", "duration_s"]).to_pylist()
-    loader = BatchLoader(bank, layer=artefact.layer, shuffle=False, reads_once=True)
+    clips = bank.clips.select(["clip_id", "view", "start_s", "duration_s"]).to_pylist()
+    is_clean = np.array([clip["view"] == 0 for clip in clips])
+    chosen = np.flatnonzero((bank.status == 1) & is_clean)
+    loader = BatchLoader(bank, layer=artefact.layer, rows=chosen, shuffle=False, reads_once=True)
     for batch in loader:
         scores = artefact.predict_proba(batch.patches, batch.prefix, batch.n_patches)
         for row, probabilities in zip(np.asarray(batch.rows).tolist(), scores, strict=True):

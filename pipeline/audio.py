@@ -27,9 +27,12 @@ class DecodedClip:
     waveform: Float32[np.ndarray, " sample"]
     audio_sha256: str
     """Hexadecimal SHA-256 of the window's samples as decoded, before mixing, resampling and
-    padding: little-endian float32, channels interleaved, nothing before or after them."""
+    padding: little-endian float32, channels interleaved, nothing before or after them. Of a view
+    that is made of clips, see `view_audio.made_view`."""
     n_audio_samples: int
     """How many samples of `waveform`, from its start, are audio and not padding."""
+    mix_gains: tuple[float, ...] = ()
+    """Of a view: what each source was multiplied with before it was added."""
 
 
 def decode_clip(

@@ -33,6 +33,7 @@ from patchbank.pipeline.bank.reader import Bank, open_bank
 from patchbank.pipeline.bank.schema import create_skeleton
 from patchbank.pipeline.bank.seal import seal_bank
 from patchbank.pipeline.bank.seal_record import SEAL
+from patchbank.pipeline.decoding import STRETCH, ShardClips
 from patchbank.pipeline.environment import default_batch_size
 from patchbank.pipeline.errors import (
     BankCorrupt,
@@ -48,9 +49,10 @@ from patchbank.pipeline.preparation import (
     fit_to_bank,
     telling_of_a_full_disk,
 )
-from patchbank.pipeline.preparation import ExtractionSettings as ExtractionSettings
 from patchbank.pipeline.preparation import prepare as prepare
+from patchbank.pipeline.settings import ExtractionSettings as ExtractionSettings
 from patchbank.pipeline.specs import Json
+from patchbank.pipeline.views import draws_of
 from patchbank.pipeline.workers import Workers, open_workers
 
 
@@ -181,9 +183,8 @@ def _calibrate(
         return {}
     order = np.random.default_rng(CALIBRATION_SEED).permutation(len(extraction.clips))
     chosen = np.sort(order[:CALIBRATION_CLIPS])
-    return workers.calibrate(
-        extraction.clips.take(chosen), extraction.job.recipe.layers, batch_size
-    )
+    clips = _to_travel(extraction, extraction.clips.take(chosen))
+    return workers.calibrate(clips, extraction.job.recipe.layers, batch_size)
 
 
 def _extract_missing(
@@ -191,7 +192,10 @@ def _extract_missing(
 ) -> None:
     plan = extraction.plan
     extraction_facts = read_attributes(plan.folder)["card"]["extraction"]
-    shards = {shard: _shard_clips(extraction, shard) for shard in plan.missing_shards}
+    shards = {
+        shard: _to_travel(extraction, _shard_clips(extraction, shard))
+        for shard in plan.missing_shards
+    }
     state = Progress(sum(len(clips) for clips in shards.values()))
     for report in workers.extract(shards, extraction_facts):
         n_failed = state.n_failed + report.n_failed
@@ -207,6 +211,16 @@ def _shard_clips(extraction: Extraction, shard: int) -> pa.Table:
         extraction.clips.slice(clips.start, len(clips)).to_pylist(),
         schema=extraction.clips.schema,
     )
+
+
+def _to_travel(extraction: Extraction, clips: pa.Table) -> ShardClips:
+    """Rows of an extraction, with the clips that are mixed into them."""
+    if extraction.job.recipe.augment is None:
+        return ShardClips(clips)
+    names = sorted({name for draw in draws_of(clips) for name in draw.mix_sources})
+    rows = extraction.clean_rows
+    sources = extraction.clips.take(pa.array([rows[name] for name in names], pa.int64()))
+    return ShardClips(clips, sources.select(["clip_id", *STRETCH]))
 
 
 def extract(

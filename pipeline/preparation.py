@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
@@ -50,32 +51,13 @@ from patchbank.pipeline.plan import (
     plan_extraction,
     schema_for,
 )
+from patchbank.pipeline.settings import ExtractionSettings as ExtractionSettings
 from patchbank.pipeline.shard import ExtractionJob
-from patchbank.pipeline.specs import Json, Recipe, StoredDType, WindowSpec
+from patchbank.pipeline.specs import Json, Recipe
+from patchbank.pipeline.views import with_views
 
 if TYPE_CHECKING:
     from patchbank.pipeline.encoders.base import Encoder
-
-
-@dataclass(frozen=True)
-class ExtractionSettings:
-    """How to extract; the defaults of the command line."""
-
-    window: WindowSpec = field(default_factory=WindowSpec)
-    layers: str | tuple[int, ...] = "last"
-    """"last", "all", or 1-based layers."""
-    stored_dtype: StoredDType = "float16"
-    mask_padding: bool = False
-    device: str = "auto"
-    batch_size: int | None = None
-    """Clips encoded together; None means 16 on a CPU, 64 on a GPU, or what the bank began with."""
-    n_decode_threads: int | None = None
-    scheduler: str | None = None
-    """Address of a Dask scheduler; None starts one worker in this process."""
-    preset: str | None = None
-    """Convention of the encoder's front end; None is as published."""
-    frontend: Mapping[str, Any] = field(default_factory=dict)
-    """Constants of the front end that differ from the preset's."""
 
 
 @dataclass(frozen=True)
@@ -86,17 +68,27 @@ class Extraction:
     table: ClipTable
     """As it was given."""
     clips: pa.Table
-    """The clips of the bank in its order: those that it holds already, then new ones."""
+    """The rows of the bank in its order, views included: those that it holds already, then new
+    ones."""
     job: ExtractionJob
     batch_size: int | None
+    drawn: pa.Table
+    """The clips of the table with all the views that are made of them."""
     schema: BankSchema
-    """Of a bank that is made of the table at once."""
+    """Of a bank that is made of these at once."""
+    n_views: int = 0
     grows: Bank | None = None
     """The sealed bank that gets more clips; None where a bank is made."""
 
     @property
     def bank(self) -> Path:
         return self.job.bank
+
+    @cached_property
+    def clean_rows(self) -> dict[str, int]:
+        """Where in `clips` each clip's view 0 stands."""
+        rows = zip(self.clips["clip_id"].to_pylist(), self.clips["view"].to_pylist(), strict=True)
+        return {clip_id: row for row, (clip_id, view) in enumerate(rows) if view == 0}
 
 
 def prepare(
@@ -106,7 +98,7 @@ def prepare(
     out: Path | str,
     weights: Path | str | None = None,
     audio_root: Path | None = None,
-    settings: ExtractionSettings = ExtractionSettings(),
+    settings: ExtractionSettings = ExtractionSettings(),  # noqa: B008 - frozen
 ) -> Extraction:
     """Reads the clip table and the encoder and compares them with what lies at `out`.
 
@@ -129,13 +121,15 @@ def prepare(
         stored_dtype=settings.stored_dtype,
         mask_padding=settings.mask_padding,
         quantisation=quantisation_recipe(settings.stored_dtype),
+        augment=settings.augment,
     )
+    clips = _rows(table, recipe, settings.n_views)
     grids = model.grids(settings.window.n_samples(model.spec.sample_rate_hz))
     schema = schema_for(
         tuple(recipe.encoder.layer(layer) for layer in recipe.layers),
         grids,
         stored_dtype=recipe.stored_dtype,
-        n_clips=len(table),
+        n_clips=len(clips),
     )
     bank = Path(out).absolute()
     job = ExtractionJob(
@@ -152,7 +146,26 @@ def prepare(
     )
     plan = plan_extraction(bank, recipe, schema)
     with telling_of_a_full_disk(bank):
-        return fit_to_bank(Extraction(plan, table, table.clips, job, settings.batch_size, schema))
+        return fit_to_bank(
+            Extraction(
+                plan, table, clips, job, settings.batch_size, clips, schema, settings.n_views
+            )
+        )
+
+
+def _rows(
+    table: ClipTable, recipe: Recipe, n_views: int, *, known: pa.Table | None = None
+) -> pa.Table:
+    if recipe.augment is None:
+        return table.clips
+    return with_views(
+        table,
+        recipe.augment,
+        n_views=n_views,
+        sample_rate_hz=recipe.encoder.sample_rate_hz,
+        window_samples=recipe.window.n_samples(recipe.encoder.sample_rate_hz),
+        known=known,
+    )
 
 
 def fit_to_bank(extraction: Extraction) -> Extraction:
@@ -161,7 +174,7 @@ def fit_to_bank(extraction: Extraction) -> Extraction:
     extraction = replace(
         extraction,
         plan=plan_extraction(bank, extraction.job.recipe, schema),
-        clips=extraction.table.clips,
+        clips=extraction.drawn,
         job=replace(extraction.job, folder=bank, schema=schema),
         grows=None,
     )
@@ -232,7 +245,10 @@ def check_same_rows(bank: Path, card: Json, extraction: Extraction) -> None:
 def _fit_to_sealed(extraction: Extraction, bank: Bank) -> Extraction:
     """Nothing is left to do, or a growth by the clips that the bank lacks."""
     known = table_of(bank.clips)
-    added = added_clips(known, extraction.clips, bank=bank.path)
+    _check_no_view_less(known, extraction)
+    # Rows that are there keep their draws, which a longer table would change.
+    rows = _rows(extraction.table, extraction.job.recipe, extraction.n_views, known=known)
+    added = added_clips(known, rows, bank=bank.path)
     schema = bank.schema
     if not len(added):
         job = replace(extraction.job, schema=schema)
@@ -264,6 +280,16 @@ def _fit_to_sealed(extraction: Extraction, bank: Bank) -> Extraction:
     if (folder / "zarr.json").is_file():
         check_same_growth(growing)
     return growing
+
+
+def _check_no_view_less(known: pa.Table, extraction: Extraction) -> None:
+    n_known = max(known["view"].to_pylist())
+    if extraction.job.recipe.augment is not None and n_known > extraction.n_views:
+        raise BankMismatch(
+            f"{extraction.bank} holds more views of a clip than this command makes; a bank only "
+            f"grows: say --views {n_known}, or choose another --out",
+            {"views": (n_known, extraction.n_views)},
+        )
 
 
 def check_same_growth(growing: Extraction) -> None:

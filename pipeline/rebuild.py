@@ -32,6 +32,7 @@ from patchbank.pipeline.bank.parts import RowFacts, part_table
 from patchbank.pipeline.bank.reader import Bank, open_bank
 from patchbank.pipeline.bank.schema import HOLE, SmallArray, Storage, TokenArray
 from patchbank.pipeline.bank.seal import seal_bank
+from patchbank.pipeline.bank.view_columns import MIX_GAINS, has_gains
 from patchbank.pipeline.bank.writer import ShardFileWriter, writer_threads
 from patchbank.pipeline.plan import bank_bytes, check_space
 from patchbank.pipeline.rebuild_plan import RebuildPlan, Rows, plan_rebuild
@@ -189,7 +190,14 @@ def _facts(
         small=small,
         audio_sha256=clips["audio_sha256"][row].as_py(),
         failure=failure or clips["reason"][row].as_py(),
+        mix_gains=_mix_gains(plan.banks[int(plan.owner[clip])], row),
     )
+
+
+def _mix_gains(bank: Bank, row: int) -> tuple[float, ...] | None:
+    if not has_gains(bank.card):
+        return None
+    return tuple(bank.clips[MIX_GAINS][row].as_py())
 
 
 def _converted(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import io
 import socket
 import threading
-from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +17,7 @@ import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float32, Shaped
 
-from patchbank.pipeline.audio import DecodedClip, decode_clip, fit_to_encoder
+from patchbank.pipeline.audio import DecodedClip, fit_to_encoder
 from patchbank.pipeline.bank.card import read_attributes, recipe_of_card
 from patchbank.pipeline.bank.commit import (
     commit,
@@ -43,6 +41,7 @@ from patchbank.pipeline.bank.writer import (
     write_durably,
     writer_threads,
 )
+from patchbank.pipeline.decoding import Decoded, Decoders, ShardClips
 from patchbank.pipeline.encoders import reload_encoder
 from patchbank.pipeline.encoders.base import TokenMap
 from patchbank.pipeline.encoders.discovery import is_file
@@ -60,8 +59,6 @@ from patchbank.pipeline.golden import GOLDEN_RATE_HZ, golden_frames, write_golde
 from patchbank.pipeline.sound_file import FILE_IS_GONE
 from patchbank.pipeline.specs import Json, Recipe, differing_fields
 from patchbank.pipeline.tokens import StoredTokens, counted_patches, store_tokens
-
-READ_AHEAD_BATCHES = 2
 
 
 @dataclass(frozen=True)
@@ -89,9 +86,6 @@ class ShardReport:
     shard: int
     n_done: int
     n_failed: int
-
-
-Decoded = DecodedClip | AudioError
 
 
 class ShardExtractor:
@@ -128,7 +122,7 @@ class ShardExtractor:
                 differing_fields(found, expected),
             )
         self._grids = self._encoder.grids(self._n_samples)
-        self._decoders = ThreadPoolExecutor(job.n_decode_threads, thread_name_prefix="decode")
+        self._decoders = Decoders(job.audio_root, job.recipe, n_threads=job.n_decode_threads)
         self._writers = writer_threads()
         self._encoding = threading.Lock()
 
@@ -146,7 +140,7 @@ class ShardExtractor:
         return {layer: load_constants(self._job.bank, card, layer) for layer in layers}
 
     def close(self) -> None:
-        self._decoders.shutdown(cancel_futures=True)
+        self._decoders.close()
         self._writers.shutdown(cancel_futures=True)
 
     def environment(self) -> Json:
@@ -154,13 +148,13 @@ class ShardExtractor:
         return environment(self._device)
 
     def calibrate(
-        self, clips: pa.Table, layers: tuple[int, ...], batch_size: int
+        self, clips: ShardClips, layers: tuple[int, ...], batch_size: int
     ) -> dict[int, ChannelConstants]:
         """Channel constants of `layers` over all patches of `clips`; failed clips are left out."""
         statistics = {
             layer: ChannelStatistics(self._encoder.spec.layer(layer).dim) for layer in layers
         }
-        for batch in self._decoded_batches(clips, batch_size):
+        for batch in self._decoders.batches(clips, batch_size):
             good = [clip.waveform for clip in batch if isinstance(clip, DecodedClip)]
             if not good:
                 continue
@@ -215,7 +209,7 @@ class ShardExtractor:
                 raise
 
     def extract(
-        self, shard: int, clips: pa.Table, extraction: Json, *, is_last_call: bool = True
+        self, shard: int, clips: ShardClips, extraction: Json, *, is_last_call: bool = True
     ) -> ShardReport | None:
         """Decodes, encodes, writes and commits the rows of one shard.
 
@@ -260,27 +254,30 @@ class ShardExtractor:
                 differing_fields(found, expected),
             )
 
-    def _committed(self, shard: int, clips: pa.Table) -> ShardReport | None:
+    def _committed(self, shard: int, clips: ShardClips) -> ShardReport | None:
         # A growth that another process has finished lies in the bank itself.
         for folder in {self._job.folder, self._job.bank}:
             record = read_record(folder, shard_name(shard))
-            if record is not None and record["rows_sha256"] == rows_digest(clips):
+            if record is not None and record["rows_sha256"] == rows_digest(clips.clips):
                 return ShardReport(shard, record["n_done"], record["n_failed"])
         return None
 
-    def _extract(self, attempt: Path, shard: int, clips: pa.Table, extraction: Json) -> ShardReport:
+    def _extract(
+        self, attempt: Path, shard: int, clips: ShardClips, extraction: Json
+    ) -> ShardReport:
         facts: list[RowFacts] = []
         with ExitStack() as stack:
             writers = self._open_writers(stack, attempt, shard)
-            for decoded in self._decoded_batches(clips, int(extraction["batch_size"])):
+            for decoded in self._decoders.batches(clips, int(extraction["batch_size"])):
                 facts.extend(self._write_batch(decoded, writers))
             files = {suffix: writer.finish() for suffix, writer in writers.items()}
         self._refuse_hopeless(facts)
         digests = {suffix: file.digests for suffix, file in files.items()}
-        part = write_part(attempt, shard, part_table(clips, facts, digests, self._job.schema))
+        part = write_part(attempt, shard, part_table(clips.clips, facts, digests, self._job.schema))
         n_failed = sum(fact.failure is not None for fact in facts)
         n_done = len(facts) - n_failed
-        record: Json = {"n_done": n_done, "n_failed": n_failed, "rows_sha256": rows_digest(clips)}
+        rows_sha256 = rows_digest(clips.clips)
+        record: Json = {"n_done": n_done, "n_failed": n_failed, "rows_sha256": rows_sha256}
         here = self.environment()
         if here != {key: value for key, value in extraction.items() if key != "batch_size"}:
             record["extraction"] = [here]
@@ -302,31 +299,6 @@ class ShardExtractor:
             )
             writers[array.column_suffix] = stack.enter_context(writer)
         return writers
-
-    def _decoded_batches(self, clips: pa.Table, size: int) -> Iterator[list[Decoded]]:
-        """Decoded clips, a batch at a time, with `READ_AHEAD_BATCHES` batches under way."""
-        rows = clips.select(["path", "start_s", "duration_s"]).to_pylist()
-        waiting: deque[list[Future[Decoded]]] = deque()
-        for start in range(0, len(rows), size):
-            batch = rows[start : start + size]
-            waiting.append([self._decoders.submit(self._decode, **row) for row in batch])
-            if len(waiting) > READ_AHEAD_BATCHES:
-                yield [future.result() for future in waiting.popleft()]
-        while waiting:
-            yield [future.result() for future in waiting.popleft()]
-
-    def _decode(self, *, path: str, start_s: float, duration_s: float) -> Decoded:
-        recipe = self._job.recipe
-        try:
-            return decode_clip(
-                self._job.audio_root / path,
-                start_s=start_s,
-                duration_s=duration_s,
-                window=recipe.window,
-                sample_rate_hz=recipe.encoder.sample_rate_hz,
-            )
-        except AudioError as error:
-            return error
 
     def _write_batch(
         self, decoded: list[Decoded], writers: Mapping[str, ShardFileWriter]
@@ -398,7 +370,14 @@ class ShardExtractor:
             small=small,
             audio_sha256=None if isinstance(clip, AudioError) else clip.audio_sha256,
             failure=failure,
+            mix_gains=self._mix_gains(clip),
         )
+
+    def _mix_gains(self, clip: Decoded) -> tuple[float, ...] | None:
+        augment = self._job.recipe.augment
+        if augment is None or augment.mixup is None:
+            return None
+        return () if isinstance(clip, AudioError) else clip.mix_gains
 
     def _refuse_hopeless(self, facts: list[RowFacts]) -> None:
         """Stops the run where the encoder or the disk, not the audio, fails on a whole shard."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -19,6 +20,8 @@ Json = dict[str, Any]
 PadRule = Literal["zero", "repeat"]
 StoredDType = Literal["float16", "bfloat16", "float32", "int8", "int4"]
 LONGEST_WINDOW_S = 3_600.0
+MOST_DB = 120.0
+"""Levels further apart are a slip of the pen: 24-bit audio spans 144 dB."""
 
 
 def canonical_json(value: object) -> bytes:
@@ -155,6 +158,98 @@ class WindowSpec:
 
 
 @dataclass(frozen=True)
+class MixupSpec:
+    """Sound of other clips mixed in; the labels of a mix are the union of its parts'.
+
+    The defaults are those of BirdSet's multi-label mixup (arXiv 2403.10380, `MultilabelMix` with
+    p = 0.9, SNR 2 to 30 dB, up to 3 sources), where a mix has 1 to `max_sources` clips beside its
+    own. Each source has an SNR of its own here, against the clip alone; BirdSet's code draws one
+    for all of them, against the mix as it grows.
+    """
+
+    p: float = 0.9
+    """How probable it is that a view has sources at all."""
+    min_snr_db: float = 2.0
+    max_snr_db: float = 30.0
+    max_sources: int = 3
+
+    def __post_init__(self) -> None:
+        _make_floats(self, "p", "min_snr_db", "max_snr_db")
+        _check_range("mixup", "p", 0.0, self.p, 1.0)
+        _check_range("mixup", "max_snr_db", self.min_snr_db, self.max_snr_db, MOST_DB)
+        _check_range("mixup", "min_snr_db", -MOST_DB, self.min_snr_db, self.max_snr_db)
+        _check_count("mixup", "max_sources", 1, self.max_sources, 32)
+
+
+@dataclass(frozen=True)
+class ShiftSpec:
+    """The window turned like a ring: what leaves it at its end comes in at its beginning."""
+
+    max_s: float | None = None
+    """Furthest shift to either side, in seconds; None is any shift that the window has."""
+
+    def __post_init__(self) -> None:
+        if self.max_s is not None:
+            _make_floats(self, "max_s")
+            _check_range("shift", "max_s", 0.0, self.max_s, LONGEST_WINDOW_S)
+
+
+@dataclass(frozen=True)
+class GainSpec:
+    """Another level, in dB."""
+
+    min_db: float = -6.0
+    max_db: float = 6.0
+
+    def __post_init__(self) -> None:
+        _make_floats(self, "min_db", "max_db")
+        _check_range("gain", "max_db", self.min_db, self.max_db, MOST_DB)
+        _check_range("gain", "min_db", -MOST_DB, self.min_db, self.max_db)
+
+
+@dataclass(frozen=True)
+class AugmentSpec:
+    """How views are made of clips: mixed, then shifted, then set to a level; None leaves one out.
+
+    How many views a clip gets is no part of it: that is a matter of the rows.
+    """
+
+    mixup: MixupSpec | None = None
+    shift: ShiftSpec | None = None
+    gain: GainSpec | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.mixup or self.shift or self.gain):
+            raise PatchbankError("found no augmentation, expected mixup, shift or gain")
+        _check_count("augment", "seed", 0, self.seed, 2**63 - 1)
+
+    def identity(self) -> Json:
+        """The seed and the augmentations that there are."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def _make_floats(spec: object, *names: str) -> None:
+    """2 and 2.0 are the same, but not the same JSON."""
+    for name in names:
+        object.__setattr__(spec, name, float(getattr(spec, name)))
+
+
+def _check_range(what: str, name: str, least: float, value: float, most: float) -> None:
+    if not (math.isfinite(value) and least <= value <= most):
+        raise PatchbankError(
+            f"{what}: {name} must be between {least:g} and {most:g}, found {value:g}"
+        )
+
+
+def _check_count(what: str, name: str, least: int, value: int, most: int) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise PatchbankError(
+            f"{what}: {name} must be a whole number from {least} to {most}, found {value!r}"
+        )
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything about a bank that is known before its first clip; its digest is `recipe_id`."""
 
@@ -166,9 +261,11 @@ class Recipe:
     mask_padding: bool = False
     """Whether `n_patches` counts only patches that hold audio."""
     quantisation: Json = field(default_factory=dict)
+    augment: AugmentSpec | None = None
+    """How the bank makes views; None where it makes none, and then no part of the identity."""
 
     def identity(self) -> Json:
-        return {
+        identity: Json = {
             "encoder": self.encoder.identity(),
             "window": asdict(self.window),
             "layers": sorted(self.layers),
@@ -177,6 +274,9 @@ class Recipe:
             "mask_padding": self.mask_padding,
             "quantisation": self.quantisation,
         }
+        if self.augment is not None:
+            identity["augment"] = self.augment.identity()
+        return identity
 
     @property
     def recipe_id(self) -> str:

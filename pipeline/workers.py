@@ -10,7 +10,6 @@ from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-import pyarrow as pa
 from distributed import (
     Client,
     Future,
@@ -22,6 +21,7 @@ from distributed import (
 )
 
 from patchbank.pipeline.bank.quantised import ChannelConstants
+from patchbank.pipeline.decoding import ShardClips
 from patchbank.pipeline.errors import PatchbankError
 from patchbank.pipeline.shard import ExtractionJob, ShardExtractor, ShardReport
 from patchbank.pipeline.specs import Json
@@ -46,7 +46,7 @@ class Workers:
         return self._call(_environment)
 
     def calibrate(
-        self, clips: pa.Table, layers: tuple[int, ...], batch_size: int
+        self, clips: ShardClips, layers: tuple[int, ...], batch_size: int
     ) -> dict[int, ChannelConstants]:
         """The channel constants of `layers` over `clips`."""
         return self._call(_calibrate, clips, layers, batch_size)
@@ -55,7 +55,7 @@ class Workers:
         """Commits the golden clip, where it is not."""
         self._call(_golden)
 
-    def extract(self, shards: Mapping[int, pa.Table], extraction: Json) -> Iterator[ShardReport]:
+    def extract(self, shards: Mapping[int, ShardClips], extraction: Json) -> Iterator[ShardReport]:
         """Encodes and commits shards, each with its clips; reports come as they end.
 
         `extraction` is what the bank's card says of the run. Shards that another run works on come
@@ -71,7 +71,7 @@ class Workers:
                 yield report
 
     def _extract(
-        self, shards: Mapping[int, pa.Table], extraction: Json, *, is_last_call: bool
+        self, shards: Mapping[int, ShardClips], extraction: Json, *, is_last_call: bool
     ) -> Iterator[ShardReport | None]:
         futures = [
             self._client.submit(
@@ -191,7 +191,7 @@ def _environment(plugin_name: str) -> Json:
 
 
 def _calibrate(
-    plugin_name: str, clips: pa.Table, layers: tuple[int, ...], batch_size: int
+    plugin_name: str, clips: ShardClips, layers: tuple[int, ...], batch_size: int
 ) -> dict[int, ChannelConstants]:
     return _extractor(plugin_name).calibrate(clips, layers, batch_size)
 
@@ -201,7 +201,7 @@ def _golden(plugin_name: str) -> None:
 
 
 def _extract(
-    plugin_name: str, shard: int, clips: pa.Table, extraction: Json, is_last_call: bool
+    plugin_name: str, shard: int, clips: ShardClips, extraction: Json, is_last_call: bool
 ) -> ShardReport | None:
     return _extractor(plugin_name).extract(shard, clips, extraction, is_last_call=is_last_call)
 

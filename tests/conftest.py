@@ -44,6 +44,17 @@ def sealed(clip_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Bank:
     return extract(clip_table, encoder="fake", out=out, settings=SETTINGS)
 
 
+@pytest.fixture(scope="session")
+def made(clip_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Bank:
+    """Of the same table, with two views of each training clip."""
+    from made_views import MADE
+
+    from patchbank.pipeline.extraction import extract
+
+    out = tmp_path_factory.mktemp("banks") / "made.bank"
+    return extract(clip_table, encoder="fake", out=out, settings=MADE)
+
+
 @pytest.fixture
 def copy(sealed: Bank, tmp_path: Path) -> Path:
     """A sealed bank that a test may damage."""

@@ -35,7 +35,7 @@ class FormatReader:
         self.attributes = json.loads((bank / "zarr.json").read_bytes())["attributes"]
         self.card, self.clips = self.attributes["card"], pq.read_table(bank / "clips.parquet")
         require(self.attributes["patchbank_format"] == self.seal["format"] == 1, "format")
-        recipe = {key: self.card[key] for key in RECIPE}
+        recipe = {key: self.card[key] for key in (*RECIPE, "augment") if key in self.card}
         recipe["layers"] = sorted(map(int, self.card["layers"]))
         rows = [list(row.values()) for row in self.clips.select(ROW).to_pylist()]
         lines = [self.seal["recipe_id"], *(to_json(row) for row in rows if row[-1] != 3)]

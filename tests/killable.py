@@ -127,7 +127,7 @@ class Forks:
         **settings: object,
     ) -> Run:
         """Begins an extraction, which kills or stops itself at a moment; `settings` beside the
-        usual ones."""
+        usual ones, `augment` as its identity."""
         self._n_runs += 1
         log = self._folder / f"{self._n_runs:04d}.log"
         log.touch()
@@ -217,6 +217,7 @@ def _module(request: dict[str, Any]) -> None:
 
 
 def _extraction(request: dict[str, Any]) -> None:
+    from patchbank.pipeline.bank.card import augment_of_card
     from patchbank.pipeline.extraction import ExtractionSettings, extract
     from patchbank.pipeline.specs import WindowSpec
 
@@ -225,7 +226,8 @@ def _extraction(request: dict[str, Any]) -> None:
         at = Moment(*request["at"]) if request["at"] else None
         watch_changes(out, at=at, lists=request["lists_changes"])
     usual = {"window": WindowSpec(1.0, 1.0), "layers": "all"}
-    settings = ExtractionSettings(**{**usual, **request["settings"]})
+    augment = {"augment": augment_of_card(request["settings"])}
+    settings = ExtractionSettings(**{**usual, **request["settings"], **augment})
     extract(request["table"], encoder="fake", out=out, settings=settings)
 
 

@@ -29,7 +29,14 @@ from patchbank.pipeline.bank.schema import SmallArray, create_small_array
 from patchbank.pipeline.errors import BankCorrupt
 from patchbank.pipeline.extraction import ExtractionSettings, extract
 from patchbank.pipeline.rebuild import rebuild_bank
-from patchbank.pipeline.specs import WindowSpec, canonical_json
+from patchbank.pipeline.specs import (
+    AugmentSpec,
+    GainSpec,
+    MixupSpec,
+    ShiftSpec,
+    WindowSpec,
+    canonical_json,
+)
 from patchbank.probing import BatchLoader
 
 PAGE = Path(reader.__file__).with_name("FORMAT.md")
@@ -128,7 +135,23 @@ def derived(grown_int8: Path) -> Path:
     return rebuild_bank([open_bank(grown_int8)], out, dtype="float32", layers=[2]).path
 
 
-@pytest.fixture(params=["two_layers", "long_rows", "grown_int8", "brief", "packed", "derived"])
+@pytest.fixture(scope="module")
+def augmented(two_layers: Path) -> Path:
+    """Views that the bank made, with every augmentation; two clips failed."""
+    return extract(
+        two_layers.parent / "set/clips.csv",
+        encoder="fake",
+        out=two_layers.with_name("augmented.bank"),
+        settings=replace(
+            SETTINGS, n_views=1, augment=AugmentSpec(MixupSpec(), ShiftSpec(), GainSpec())
+        ),
+    ).path
+
+
+BANKS = ["two_layers", "long_rows", "grown_int8", "brief", "packed", "derived", "augmented"]
+
+
+@pytest.fixture(params=BANKS)
 def bank(request: pytest.FixtureRequest) -> Bank:
     return open_bank(request.getfixturevalue(request.param))
 

@@ -22,6 +22,7 @@ from killable import PATIENCE_S, Forks, Moment, Run
 
 from patchbank.pipeline import workers
 from patchbank.pipeline.bank import open_bank
+from patchbank.pipeline.decoding import ShardClips
 from patchbank.pipeline.errors import BankError, EncoderError, ManifestError, PatchbankError
 from patchbank.pipeline.extraction import Progress, extract, prepare
 from patchbank.pipeline.shard import ShardExtractor
@@ -217,7 +218,7 @@ def test_a_worker_names_itself_and_the_path_that_it_does_not_see(
     with pytest.raises(EncoderError, match=rf"^{here} finds no weights at {elsewhere}; every"):
         ShardExtractor(replace(job, weights=elsewhere))
     extractor = ShardExtractor(job)
-    clips = prepared.clips.slice(0, 16)
+    clips = ShardClips(prepared.clips.slice(0, 16))
     for work in (extractor.golden, lambda: extractor.extract(0, clips, {"batch_size": 16})):
         with pytest.raises(BankError, match=rf"^{here} sees no bank at {bank}: --out must lie on"):
             work()

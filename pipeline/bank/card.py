@@ -10,12 +10,16 @@ from typing import Any, get_args
 from patchbank.pipeline.bank.dtypes import STORED_TYPES
 from patchbank.pipeline.bank.schema import FORMAT_VERSION, BankSchema, Storage
 from patchbank.pipeline.bank.seal_record import as_digest, brief, parse_json
-from patchbank.pipeline.errors import BankCorrupt, BankError, BankNotFound
+from patchbank.pipeline.errors import BankCorrupt, BankError, BankNotFound, PatchbankError
 from patchbank.pipeline.specs import (
     LONGEST_WINDOW_S,
+    AugmentSpec,
+    GainSpec,
     Grid,
     Json,
     LayerSpec,
+    MixupSpec,
+    ShiftSpec,
     differing_fields,
     digest,
 )
@@ -28,7 +32,8 @@ RECIPE_FIELDS = (
     "mask_padding",
     "quantisation",
 )
-"""The recipe's fields in a card; the list of layers is the seventh."""
+"""The recipe's fields in a card; the list of layers is the seventh, and `augment` the eighth of a
+bank that makes views."""
 LONGEST_TEXT = 65_536
 MOST_LAYERS = 1_000
 
@@ -52,6 +57,7 @@ def checked_schema(attributes: Json) -> BankSchema:
     if window["pad"] not in ("zero", "repeat"):
         raise ValueError(f"window.pad is {brief(window['pad'])}")
     _check_origin(card)
+    augment_of_card(card)
     schema = schema_of_card(card)
     for spec in schema.layers:
         of_encoder = encoder["layers"][str(spec.layer)]
@@ -150,7 +156,24 @@ def layers_of_schema(schema: BankSchema) -> Json:
 def recipe_of_card(card: Json) -> Json:
     """The recipe's identity as a bank's card tells it."""
     layers = sorted(int(layer) for layer in card["layers"])
-    return {field: card[field] for field in RECIPE_FIELDS} | {"layers": layers}
+    augment = {"augment": card["augment"]} if "augment" in card else {}
+    return {field: card[field] for field in RECIPE_FIELDS} | {"layers": layers} | augment
+
+
+def augment_of_card(card: Json) -> AugmentSpec | None:
+    """How a bank makes views; None where it makes none. Raises what `schema_of_card` does."""
+    if "augment" not in card:
+        return None
+    parts = dict(card["augment"])
+    try:
+        specs: dict[str, Any] = {
+            name: kind(**parts.pop(name))
+            for name, kind in (("mixup", MixupSpec), ("shift", ShiftSpec), ("gain", GainSpec))
+            if name in parts
+        }
+        return AugmentSpec(**specs, **parts)
+    except PatchbankError as error:
+        raise ValueError(f"augment: {error}") from error
 
 
 def recipe_differences(

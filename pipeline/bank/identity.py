@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable
 
 import pyarrow as pa
@@ -50,19 +49,16 @@ def rows_digest(clips: pa.Table) -> str:
 
 
 def table_of(clips: pa.Table) -> pa.Table:
-    """The clip table that a bank was made from, of its clips.parquet: no holes, no bank columns."""
-    names = [name for name in clips.column_names if not is_bank_column(name)]
-    order = [*TABLE_COLUMNS, *(name for name in names if name not in TABLE_COLUMNS)]
+    """The clip table that a bank was made from, of its clips.parquet: no holes, no bank columns.
+
+    What the bank found out stands before the table's own columns, up to the last checksum.
+    """
+    names = clips.column_names
+    last = max(place for place, name in enumerate(names) if name.startswith("crc32c_"))
+    order = [*TABLE_COLUMNS, *(name for name in names[last + 1 :] if name not in TABLE_COLUMNS)]
     return clips.filter(pc.not_equal(clips["status"], HOLE)).select(order)
 
 
 def digest_columns(arrays: Iterable[TokenArray]) -> list[str]:
     """The columns of clips.parquet that hold the checksums of token arrays."""
     return [f"{kind}_{array.column_suffix}" for array in arrays for kind in ("sha256", "crc32c")]
-
-
-def is_bank_column(name: str) -> bool:
-    """Whether a column of clips.parquet is what the bank found out, not what its table said."""
-    return name in ("audio_sha256", "status", "reason") or bool(
-        re.fullmatch(r"(sha256|crc32c)_\d+(_prefix)?", name)
-    )

@@ -24,6 +24,8 @@ class RowFacts:
     audio_sha256: str | None
     failure: str | None = field(default=None)
     """Why the clip has no tokens; None where it has."""
+    mix_gains: tuple[float, ...] | None = None
+    """What each source of a mix was multiplied with; None where the bank mixes nothing."""
 
 
 def part_path(shard: int) -> str:
@@ -49,6 +51,9 @@ def part_table(
         "status": pa.array([FAILED if fact.failure else DONE for fact in facts], pa.int8()),
         "reason": pa.array([fact.failure for fact in facts], pa.string()),
     }
+    if facts[0].mix_gains is not None:
+        gains = [fact.mix_gains for fact in facts]
+        columns["mix_gains"] = pa.array(gains, pa.list_(pa.float64()))
     columns |= _digest_columns(digests, schema)
     for name in clips.column_names:
         columns.setdefault(name, clips[name])

@@ -26,6 +26,7 @@ from patchbank.pipeline.bank.schema import (
     TokenArray,
 )
 from patchbank.pipeline.bank.seal_record import SEAL, Seal, read_seal, seal_bytes
+from patchbank.pipeline.bank.view_columns import view_column_problems
 from patchbank.pipeline.bank.writer import hash_file
 from patchbank.pipeline.errors import BankCorrupt, BankError
 from patchbank.pipeline.specs import Json
@@ -69,7 +70,10 @@ class Bank:
     def clips(self) -> pa.Table:
         """clips.parquet, one row a bank row, in order; `BankCorrupt` where it cannot be trusted."""
         with self._as_opened():
-            return read_clips(self.path / CLIPS, self.schema)
+            clips = read_clips(self.path / CLIPS, self.schema)
+            for problem in view_column_problems(clips, self.card, n_clips=self.n_clips):
+                raise BankCorrupt(f"{self.path / CLIPS}: {problem}; {ADVICE}")
+            return clips
 
     @contextmanager
     def _as_opened(self) -> Iterator[None]:
