@@ -342,6 +342,7 @@ class ShardExtractor:
 
     def _counted(self, layer: int, n_audio_samples: int | None) -> int:
         return counted_patches(
+            self._encoder,
             self._grids[layer],
             n_audio_samples=self._n_samples if n_audio_samples is None else n_audio_samples,
             n_samples=self._n_samples,

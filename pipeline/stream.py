@@ -79,6 +79,7 @@ class TokenStream:
         tokens = self.encoder.encode(features, [self.layer])[self.layer]
         counts = [
             counted_patches(
+                self.encoder,
                 tokens.grid,
                 n_audio_samples=clip.n_audio_samples,
                 n_samples=waveforms.shape[1],

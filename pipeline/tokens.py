@@ -11,6 +11,7 @@ from torch import Tensor
 
 from patchbank.pipeline.bank.dtypes import StoredType
 from patchbank.pipeline.bank.quantised import ChannelConstants
+from patchbank.pipeline.encoders.base import Encoder, PadsClips
 from patchbank.pipeline.specs import Grid
 
 FLOAT_DTYPES = {
@@ -192,12 +193,19 @@ def _pool(
     return torch.stack([mean, highest, lowest], 1)
 
 
-def counted_patches(grid: Grid, *, n_audio_samples: int, n_samples: int, mask_padding: bool) -> int:
+def counted_patches(
+    encoder: Encoder, grid: Grid, *, n_audio_samples: int, n_samples: int, mask_padding: bool
+) -> int:
     """Patches of a clip that count: all, or with `mask_padding` those whose time holds audio.
 
-    Tokens are time-major, so these are the first ones.
+    Tokens are time-major, so these are the first ones. An encoder that pads clips by itself says
+    how many (`audio_times`); of others the grid spans the clip.
     """
     if not mask_padding:
         return grid.n_patches
-    time = -(-grid.time * min(n_audio_samples, n_samples) // n_samples)
-    return max(1, time) * grid.freq
+    n_audio_samples = min(n_audio_samples, n_samples)
+    if isinstance(encoder, PadsClips):
+        time = encoder.audio_times(n_audio_samples)
+    else:
+        time = -(-grid.time * n_audio_samples // n_samples)
+    return min(max(1, time), grid.time) * grid.freq

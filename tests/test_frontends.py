@@ -184,7 +184,8 @@ def test_the_mean_of_a_clip_does_not_depend_on_threads_or_batch() -> None:
 @pytest.mark.parametrize(
     ("constants", "message"),
     [
-        ({"means": 1.0}, "no constant 'means'; there are: encoder"),
+        ({"means": 1.0}, "no constant 'means'; there are: sample_rate_hz, scale"),
+        ({"encoder": "x"}, "no constant 'encoder'"),
         ({"mean": "loud"}, "mean of eat is -4.268 by default, found 'loud'"),
         ({"removes_mean": 1}, "removes_mean of eat is True by default, found 1"),
         ({"lengths": 512}, "lengths of eat is .1024,. by default, found 512"),
@@ -209,6 +210,21 @@ def test_constants_land_in_the_spec_and_change_the_encoder_id(tmp_path: Path) ->
     assert changed.spec.encoder_id != usual.spec.encoder_id
     same = front_end_of("eat", tmp_path, frontend={"mean": -4.268}, preset="published")
     assert same.spec == usual.spec
+
+
+def test_constants_of_efficientat_are_chosen_too(shared: Path) -> None:
+    weights = shared / "weights/efficientat-mn04/mn04_as_mAP_432.pt"
+    usual = load_encoder("efficientat", weights=weights)
+    changed = load_encoder("efficientat", weights=weights, frontend={"shift": 5.5, "n_mels": 64})
+    wave = noise(32_000)
+    found, expected = changed.frontend(wave), usual.frontend(wave)
+    assert found.shape == (1, 64, 100)
+    assert expected.shape == (1, 128, 100)
+    same_bands = load_encoder("efficientat", weights=weights, frontend={"shift": 5.5})
+    assert torch.allclose(same_bands.frontend(wave), expected + 1.0 / 5.0, atol=1e-6)
+    assert len({e.spec.encoder_id for e in (usual, changed, same_bands)}) == 3
+    with pytest.raises(EncoderError, match=r"window of efficientat is .* and cannot be chosen"):
+        load_encoder("efficientat", weights=weights, frontend={"window": "hamming"})
 
 
 def test_presets_that_do_not_exist_are_refused(tmp_path: Path) -> None:

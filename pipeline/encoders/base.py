@@ -52,6 +52,15 @@ class Encoder(Protocol):
         ...
 
 
+@runtime_checkable
+class PadsClips(Protocol):
+    """An encoder that pads clips to a length of its own, so that its grid may outlast them."""
+
+    def audio_times(self, n_samples: int) -> int:
+        """Time patches, of every layer's grid, that hold some of the first `n_samples`."""
+        ...
+
+
 RESAMPLER: dict[str, Any] = {
     "name": "torchaudio.functional.resample",
     "method": "sinc_interp_hann",

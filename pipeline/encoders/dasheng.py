@@ -54,6 +54,7 @@ class DashengNetwork(TokenNetwork):
     """
 
     n_prefix = 0
+    patch_frames = PATCH_FRAMES
     last_meaning = AFTER_NORM
 
     def __init__(

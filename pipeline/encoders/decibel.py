@@ -54,14 +54,18 @@ class DecibelSettings:
         if min(self.n_fft, self.hop_samples, self.n_mels, self.patch_frames) < 1:
             raise EncoderError(f"{self.encoder}: the front end's sizes must be positive")
 
+    @property
+    def least_samples(self) -> int:
+        """Of the shortest waveform that can be reflected at its edges."""
+        return self.n_fft // 2 + 1
+
     def n_raw_frames(self, n_samples: int) -> int:
         """Frames of a waveform; `EncoderError` where it is too short to be reflected."""
-        if n_samples <= self.n_fft // 2:
-            least = self.n_fft // 2 + 1
+        if n_samples < self.least_samples:
             raise EncoderError(
-                f"{self.encoder} needs at least {least} samples "
-                f"({1000 * least / self.sample_rate_hz:.1f} ms at {self.sample_rate_hz} Hz), "
-                f"found {n_samples}; choose a longer window"
+                f"{self.encoder} needs at least {self.least_samples} samples "
+                f"({1000 * self.least_samples / self.sample_rate_hz:.1f} ms at "
+                f"{self.sample_rate_hz} Hz), found {n_samples}; choose a longer window"
             )
         return 1 + n_samples // self.hop_samples
 

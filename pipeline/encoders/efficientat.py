@@ -6,18 +6,20 @@ Schmid et al., "Efficient Large-Scale Audio Tagging via Transformer-to-CNN Knowl
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from patchbank.pipeline.encoders.base import RESAMPLER, TokenMap
-from patchbank.pipeline.encoders.efficientat_frontend import LogMel, LogMelConstants
+from patchbank.pipeline.encoders.efficientat_frontend import DESCRIPTIONS, LogMel, LogMelConstants
 from patchbank.pipeline.encoders.efficientat_network import NORM_EPS, Stage
 from patchbank.pipeline.encoders.efficientat_weights import LoadedNetwork, load_network
+from patchbank.pipeline.encoders.frontend import PUBLISHED, choose_settings
 from patchbank.pipeline.errors import EncoderError
 from patchbank.pipeline.specs import EncoderSpec, Grid, LayerSpec
 
@@ -33,10 +35,12 @@ class EfficientAT:
     by a quarter of the bands.
     """
 
-    def __init__(self, loaded: LoadedNetwork, device: torch.device | str) -> None:
+    def __init__(
+        self, loaded: LoadedNetwork, constants: LogMelConstants, device: torch.device | str
+    ) -> None:
         self._stages = loaded.stages
         self.network = loaded.network
-        self.log_mel = LogMel(LogMelConstants())
+        self.log_mel = LogMel(constants)
         self.spec = EncoderSpec(
             name="efficientat",
             weights_sha256=loaded.weights_sha256,
@@ -123,11 +127,20 @@ def token_map(values: Float[Tensor, "batch dim freq time"]) -> TokenMap:
     return TokenMap(patches, None, Grid(n_time, n_freq))
 
 
-def load(weights: Path | None, device: torch.device | str) -> EfficientAT:
+def load(
+    weights: Path | None,
+    device: torch.device | str,
+    *,
+    preset: str | None = None,
+    frontend: Mapping[str, Any] | None = None,
+) -> EfficientAT:
     """The mn model in one of the publisher's release files.
 
     Width and head are read off the shapes. The number of mel bands, the hop and the strides leave
     no trace there: 128, 320 samples and the usual ones are used for every file, so files such as
     mn10_as_mels_40 load, with a warning, but see another input than they were trained on.
     """
-    return EfficientAT(load_network(weights), device)
+    constants = choose_settings(
+        "efficientat", {PUBLISHED: LogMelConstants()}, preset, frontend, fixed=DESCRIPTIONS
+    )
+    return EfficientAT(load_network(weights), constants, device)

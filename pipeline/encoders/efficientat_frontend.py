@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from patchbank.pipeline.encoders.frontend import full_precision
 from patchbank.pipeline.errors import EncoderError
 
 
@@ -54,8 +55,12 @@ class LogMelConstants:
         return 1 + (n_samples - 1) // self.hop_samples
 
 
+DESCRIPTIONS = ("window", "edges", "mel_scale")
+"""Constants that say what is computed, and have one value."""
+
+
 class LogMel(nn.Module):
-    """Waveforms in, normalised log-mel out; in float32 also under autocast."""
+    """Waveforms in, normalised log-mel out; in float32 also under autocast and TF32."""
 
     window: Tensor
     bank: Tensor
@@ -69,7 +74,7 @@ class LogMel(nn.Module):
 
     def forward(self, waveform: Float[Tensor, "batch sample"]) -> Float[Tensor, "batch freq time"]:
         self.constants.n_frames(waveform.shape[1])
-        with torch.no_grad(), torch.autocast(waveform.device.type, enabled=False):
+        with torch.no_grad(), full_precision(waveform.device):
             mel = torch.matmul(self.bank, self._power(waveform))
             log_mel = torch.log(mel + self.constants.log_offset)
             return (log_mel + self.constants.shift) / self.constants.divisor

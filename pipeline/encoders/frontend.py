@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any, TypeVar
@@ -66,11 +66,13 @@ def choose_settings(
     presets: Mapping[str, Settings],
     preset: str | None,
     changes: Mapping[str, Any] | None,
+    *,
+    fixed: Collection[str] = (),
 ) -> Settings:
     """The settings of a preset (published where None) with some constants changed.
 
-    Raises `EncoderError` for a preset or a constant that does not exist, or a value of another
-    kind than the constant's.
+    Those in `fixed` say what is computed and have one value. Raises `EncoderError` for a preset or
+    a constant that does not exist, or a value of another kind than the constant's.
     """
     name = preset or PUBLISHED
     if name not in presets:
@@ -79,6 +81,7 @@ def choose_settings(
         )
     settings = presets[name]
     known = {field.name: getattr(settings, field.name) for field in fields(settings)}  # type: ignore[arg-type]
+    known.pop("encoder", None)
     values = {}
     for key, value in (changes or {}).items():
         if key not in known:
@@ -86,6 +89,10 @@ def choose_settings(
                 f"the front end of {encoder} has no constant {key!r}; there are: {', '.join(known)}"
             )
         values[key] = _as(value, known[key], f"{key} of {encoder}")
+        if key in fixed and value != known[key]:
+            raise EncoderError(
+                f"{key} of {encoder} is {known[key]!r} and cannot be chosen, found {value!r}"
+            )
     return replace(settings, **values)  # type: ignore[type-var]
 
 

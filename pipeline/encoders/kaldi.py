@@ -78,6 +78,11 @@ class KaldiSettings:
         return int(self.sample_rate_hz * self.hop_ms * 0.001)
 
     @property
+    def least_samples(self) -> int:
+        """Of the shortest waveform that has a frame."""
+        return self.frame_samples
+
+    @property
     def n_fft(self) -> int:
         """The next power of two."""
         return 1 << (self.frame_samples - 1).bit_length()

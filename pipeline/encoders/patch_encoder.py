@@ -30,6 +30,7 @@ class TokenNetwork(nn.Module):
     dim: int
     depth: int
     n_prefix: int
+    patch_frames: int = PATCH
     last_meaning: str = BLOCK_OUTPUT
     """Which tensor the last layer is."""
 
@@ -62,13 +63,12 @@ class PatchEncoder:
         self._frontend, self.network = frontend, network
         entry = ENCODERS[name]
         settings = asdict(frontend.settings)
-        rate = settings.pop("sample_rate_hz")
         settings.pop("encoder")
         meanings = [BLOCK_OUTPUT] * (network.depth - 1) + [network.last_meaning]
         self.spec = EncoderSpec(
             name=f"{name}+" if fine_tuned else name,
             weights_sha256=checkpoint.sha256,
-            sample_rate_hz=rate,
+            sample_rate_hz=frontend.settings.sample_rate_hz,
             config={"depth": network.depth, "dim": network.dim, **config},
             frontend={key: _plain(value) for key, value in settings.items()},
             resampler=RESAMPLER,
@@ -84,6 +84,13 @@ class PatchEncoder:
     def grids(self, n_samples: int) -> dict[int, Grid]:
         grid = self.network.grid(self._frontend.n_frames(n_samples))
         return {spec.layer: grid for spec in self.spec.layers}
+
+    def audio_times(self, n_samples: int) -> int:
+        """Time patches that hold some of the first `n_samples`; the grid may have more of padding,
+        or fewer where a rest is cut."""
+        settings = self._frontend.settings
+        n_frames: int = settings.n_raw_frames(max(n_samples, settings.least_samples))
+        return -(-n_frames // self.network.patch_frames)
 
     def frontend(self, waveform: Float[Tensor, "batch sample"]) -> Float[Tensor, "batch time freq"]:
         """Normalised frames of float32 waveforms at `spec.sample_rate_hz`."""
