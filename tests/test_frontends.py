@@ -258,6 +258,19 @@ def test_full_precision_gives_settings_back_after_an_error() -> None:
         assert torch.is_autocast_enabled("cpu")
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_whole_batch_at_once_is_close_to_clip_by_clip(name: str, tmp_path: Path) -> None:
+    # What a GPU computes; on a CPU clips go one by one.
+    encoder: Any = front_end_of(name, tmp_path)
+    n_samples = round(0.7 * NATURAL_S.get(name, 10.0) * encoder.spec.sample_rate_hz)
+    waves = noise(n_samples, n_clips=4) * torch.tensor([[1.0], [1e-2], [3.0], [0.0]]) + 0.01
+    batched = encoder._frontend.features(waves)
+    error = (batched - encoder.frontend(waves)).abs()
+    assert error.mean() < 2e-6
+    assert error.flatten().quantile(0.999) < 1e-4
+    assert torch.isfinite(batched).all()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", KALDI)
 def test_the_filter_bank_on_a_gpu_is_close(case: str) -> None:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from patchbank.pipeline.encoders.frontend import full_precision
+from patchbank.pipeline.encoders.kaldi import mel_bank
 from patchbank.pipeline.errors import EncoderError
 
 
@@ -70,7 +71,14 @@ class LogMel(nn.Module):
         self.constants = constants
         window = torch.hann_window(constants.window_samples, periodic=False)
         self.register_buffer("window", window, persistent=False)
-        self.register_buffer("bank", mel_bank(constants), persistent=False)
+        bank = mel_bank(
+            constants.n_mels,
+            constants.n_fft,
+            constants.sample_rate_hz,
+            constants.mel_min_hz,
+            constants.mel_max_hz,
+        )
+        self.register_buffer("bank", bank, persistent=False)
 
     def forward(self, waveform: Float[Tensor, "batch sample"]) -> Float[Tensor, "batch freq time"]:
         self.constants.n_frames(waveform.shape[1])
@@ -93,21 +101,3 @@ class LogMel(nn.Module):
         )
         # Five times faster on a CPU than a sum over `view_as_real`, and the same bits.
         return spectrum.real.square() + spectrum.imag.square()
-
-
-def mel_bank(constants: LogMelConstants) -> Float[Tensor, "freq bin"]:
-    """Triangular filters over the `n_fft / 2 + 1` bins; the Nyquist bin, unknown to Kaldi, is 0."""
-    from torchaudio.compliance.kaldi import get_mel_banks
-
-    filters, _ = get_mel_banks(
-        constants.n_mels,
-        constants.n_fft,
-        float(constants.sample_rate_hz),
-        constants.mel_min_hz,
-        constants.mel_max_hz,
-        # The warp factor of 1 switches these two off; they must only be valid.
-        vtln_low=100.0,
-        vtln_high=-500.0,
-        vtln_warp_factor=1.0,
-    )
-    return nn.functional.pad(filters, (0, 1))

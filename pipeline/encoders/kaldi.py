@@ -119,7 +119,14 @@ class KaldiFrontEnd(FrontEnd):
         super().__init__()
         self.settings = settings
         self.register_buffer("window", _window(settings), persistent=False)
-        self.register_buffer("bank", _mel_bank(settings), persistent=False)
+        bank = mel_bank(
+            settings.n_mels,
+            settings.n_fft,
+            settings.sample_rate_hz,
+            settings.low_hz,
+            settings.high_hz,
+        )
+        self.register_buffer("bank", bank.T, persistent=False)
 
     def features(self, waveform: Float[Tensor, "batch sample"]) -> Float[Tensor, "batch time freq"]:
         settings = self.settings
@@ -176,19 +183,21 @@ def _window(settings: KaldiSettings) -> Float[Tensor, " sample"]:
     return hann.pow(0.85) if settings.window == "povey" else hann
 
 
-def _mel_bank(settings: KaldiSettings) -> Float[Tensor, "bin freq"]:
-    """Triangles over the `n_fft / 2 + 1` bins; the Nyquist bin, unknown to Kaldi, is 0."""
+def mel_bank(
+    n_mels: int, n_fft: int, sample_rate_hz: int, low_hz: float, high_hz: float
+) -> Float[Tensor, "freq bin"]:
+    """Kaldi's triangles over the `n_fft / 2 + 1` bins; the Nyquist bin, unknown to it, is 0."""
     from torchaudio.compliance.kaldi import get_mel_banks
 
     filters, _ = get_mel_banks(
-        settings.n_mels,
-        settings.n_fft,
-        float(settings.sample_rate_hz),
-        settings.low_hz,
-        settings.high_hz,
+        n_mels,
+        n_fft,
+        float(sample_rate_hz),
+        low_hz,
+        high_hz,
         # The warp factor of 1 switches these two off; they must only be valid.
         vtln_low=100.0,
         vtln_high=-500.0,
         vtln_warp_factor=1.0,
     )
-    return F.pad(filters, (0, 1)).T
+    return F.pad(filters, (0, 1))
