@@ -115,6 +115,16 @@ def nothing_of_little(self: FakeEncoder, waveform: torch.Tensor) -> torch.Tensor
     return FakeEncoder.frontend(self, waveform) if waveform.shape[1] > 1 else waveform.new(1, 0, 4)
 
 
+def needs_a_second(self: FakeEncoder, waveform: torch.Tensor) -> torch.Tensor:
+    if waveform.shape[1] < 16_000:
+        raise RuntimeError("too short for torch")
+    return FakeEncoder.frontend(self, waveform)
+
+
+def grids_of_any_length(self: FakeEncoder, n_samples: int) -> dict[int, Grid]:
+    return FakeEncoder.grids(self, max(n_samples, 3_200))
+
+
 def late_refusal(self: FakeEncoder, waveform: torch.Tensor) -> torch.Tensor:
     if waveform.shape[1] != 32_000:
         raise EncoderError("fake takes 2 s")
@@ -222,12 +232,12 @@ SPOILED = {
     "frequency before time": (
         "order",
         {"token_map": patches(by_frequency)},
-        "read as f * T + t, by 1.00",
+        "read as f * T + t, by 1.00 and ",
     ),
     "time backwards": (
         "order",
         {"token_map": patches(lambda values, grid: values.flip(1))},
-        "by 0.00 of 1, which is backwards",
+        "time runs backwards",
     ),
     "tokens in any order": ("order", {"token_map": patches(shuffled)}, "layer 1, 20 x 2"),
     "a grid that is turned": (
@@ -246,7 +256,16 @@ SPOILED = {
         {"grids": no_refusal, "frontend": nothing_of_little},
         "1 samples: layer 1 has 0",
     ),
-    "refused after grids": ("lengths", {"frontend": late_refusal}, "encode() does not: fake takes"),
+    "refused after grids": (
+        "lengths",
+        {"frontend": late_refusal},
+        "encode() does not: EncoderError: fake takes",
+    ),
+    "an error of torch for a short clip": (
+        "lengths",
+        {"frontend": needs_a_second, "grids": grids_of_any_length},
+        "1 samples: grids() takes them, encode() does not: RuntimeError: too short for",
+    ),
     "a waveform that changes": ("input", {"frontend": in_place}, "the waveform is another one"),
     "gradients": ("inference", {"frontend": with_a_gradient}, "RuntimeError"),
     "to that returns nothing": ("device", {"to": moves_only}, "to() returns NoneType"),
@@ -262,6 +281,26 @@ def test_a_broken_promise_fails_its_check_and_no_other(what: str) -> None:
     result = results[NAMES.index(name)]
     assert found in result.found
     assert result.expected
+
+
+@pytest.mark.parametrize(
+    ("returned", "found"),
+    [
+        (torch.zeros(1, 4, 8), "returns a Tensor"),
+        ({1: torch.zeros(1, 4, 8)}, "returns a mapping to a Tensor"),
+    ],
+)
+def test_what_is_no_token_map_is_named(returned: object, found: str) -> None:
+    results = check_encoder(lambda: Spoiled(encode=lambda *_: returned))
+    assert outcomes(results, "failed") == ["encode"]
+    assert found in results[NAMES.index("encode")].found
+
+
+def test_a_turned_grid_is_told_how_to_turn_back() -> None:
+    _, spoiled, _ = SPOILED["a grid that is turned"]
+    results = check_encoder(lambda: Spoiled(**spoiled), window_s=2.0)  # type: ignore[arg-type]
+    hint = results[NAMES.index("order")].hint
+    assert hint == "the tokens are in order, their grid is turned: Grid(time=20, freq=2)"
 
 
 def test_every_check_has_a_broken_encoder() -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from patchbank.pipeline.encoders.base import TokenMap
 from patchbank.pipeline.encoders.bench import (
     Bench,
     Broken,
@@ -45,6 +46,16 @@ def check_encode(bench: Bench) -> str:
         raise Broken(
             str(error), expected=f"clips of {bench.window_s:g} s", hint="choose a --window-s"
         ) from error
+    waveform = bench.clip.to(bench.device, copy=True)
+    returned: object = bench.encoder.encode(bench.encoder.frontend(waveform))
+    values = list(returned.values()) if isinstance(returned, Mapping) else [returned]
+    strange = [value for value in values if not isinstance(value, TokenMap)]
+    if strange:
+        where = "a mapping to " if isinstance(returned, Mapping) else ""
+        raise Broken(
+            f"encode() returns {where}a {type(strange[0]).__name__}",
+            expected="{layer: TokenMap(patches, prefix, grid)}",
+        )
     tokens = bench.tokens
     expected = sorted(spec.layer for spec in bench.encoder.spec.layers)
     if sorted(tokens) != expected:
@@ -207,10 +218,13 @@ def _takes(bench: Bench, n_samples: int) -> bool:
         return False
     try:
         tokens = bench.encode(bench.noise(0.05, seed=6, n_samples=n_samples))
-    except EncoderError as error:
+    except Exception as error:  # of whatever lies below a stranger's encoder
+        said = str(error).splitlines()[0][:120] if str(error) else ""
         raise Broken(
-            f"{n_samples} samples: grids() takes them, encode() does not: {error}",
+            f"{n_samples} samples: grids() takes them, encode() does not: "
+            f"{type(error).__name__}: {said}",
             expected="EncoderError from grids(), before any audio is read",
+            hint="raise EncoderError in grids() where n_samples are too few or too many",
         ) from error
     _compare_grids(stated, tokens, n_samples)
     for layer, token_map in tokens.items():

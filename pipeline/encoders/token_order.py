@@ -18,6 +18,7 @@ from patchbank.pipeline.specs import Grid
 
 N_EVENTS = 4
 TIME_MAJOR = "t * F + f"
+TURNED_GRID = "t * F + f of a grid stated as (F, T)"
 LEAST_GAIN, LEAST_MEAN_GAIN = 0.2, 0.1
 """By how much another order has to explain the tokens of one layer, or all, better (0 to 2).
 
@@ -78,18 +79,21 @@ def _gains(values: list[Reading]) -> list[float]:
 def _order_is_broken(layer: int, grid: Grid, values: list[Reading], gains: list[float]) -> NoReturn:
     stated, *others = values
     found = (
-        f"layer {layer}, {grid.time} x {grid.freq}: tokens follow time by {stated.time:.2f} of 1"
+        f"layer {layer}, {grid.time} x {grid.freq}: tokens follow time by {stated.time:.2f} of 1, "
+        f"frequency by {stated.freq:.2f}"
     )
+    hint = "of a map (batch, dim, freq, time): map.permute(0, 3, 2, 1).flatten(1, 2)"
     if stated.time < MOST_REVERSED:
-        found += ", which is backwards"
+        found += "; time runs backwards"
     elif gains:
         best = others[gains.index(max(gains))]
-        found += f"; read as {best.patch}, by {best.time:.2f}"
-    raise Broken(
-        found,
-        expected="patch = t * F + f, Grid(time=T, freq=F)",
-        hint="of a map (batch, dim, freq, time): map.permute(0, 3, 2, 1).flatten(1, 2)",
-    )
+        found += f"; read as {best.patch}, by {best.time:.2f} and {best.freq:.2f}"
+        if best.patch == TURNED_GRID:
+            hint = (
+                f"the tokens are in order, their grid is turned: Grid(time={grid.freq}, "
+                f"freq={grid.time})"
+            )
+    raise Broken(found, expected="patch = t * F + f, Grid(time=T, freq=F)", hint=hint)
 
 
 def moments(
@@ -128,7 +132,7 @@ def readings(
     ways = {
         TIME_MAJOR: (patch // grid.freq, patch % grid.freq),
         "f * T + t": (patch % grid.time, patch // grid.time),
-        "t * F + f of a grid stated as (F, T)": (patch // grid.time, patch % grid.time),
+        TURNED_GRID: (patch // grid.time, patch % grid.time),
         "f * T + t of a grid stated as (F, T)": (patch % grid.freq, patch // grid.freq),
     }
     by_moment, by_band = (
