@@ -35,6 +35,7 @@ def check(
     from dataclasses import asdict
 
     from patchbank.pipeline.encoders import load_encoder
+    from patchbank.pipeline.encoders.checks import ANOTHER_WINDOW
     from patchbank.pipeline.encoders.contract import check_encoder
     from patchbank.pipeline.environment import choose_device
 
@@ -52,6 +53,9 @@ def check(
     if json_output:
         checks = [asdict(result) for result in results]
         print(json.dumps({"encoder": encoder, "passed": not failed, "checks": checks}))
+    refused = [result for result in results if result.hint == ANOTHER_WINDOW]
+    if refused:
+        raise EncoderError(f"{refused[0].found}; this says nothing of {encoder}: {ANOTHER_WINDOW}")
     if failed:
         raise EncoderError(
             f"{encoder} fails {len(failed)} of {len(results)} checks: {', '.join(failed)}; repair "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,7 +43,7 @@ from patchbank.pipeline.bank.writer import (
 )
 from patchbank.pipeline.decoding import Decoded, Decoders, ShardClips
 from patchbank.pipeline.encoders import reload_encoder
-from patchbank.pipeline.encoders.base import TokenMap
+from patchbank.pipeline.encoders.base import TokenMap, features_of
 from patchbank.pipeline.encoders.discovery import is_file
 from patchbank.pipeline.encoders.hub import is_remote
 from patchbank.pipeline.environment import choose_device, environment
@@ -155,10 +155,12 @@ class ShardExtractor:
             layer: ChannelStatistics(self._encoder.spec.layer(layer).dim) for layer in layers
         }
         for batch in self._decoders.batches(clips, batch_size):
-            good = [clip.waveform for clip in batch if isinstance(clip, DecodedClip)]
+            good = [clip for clip in batch if isinstance(clip, DecodedClip)]
             if not good:
                 continue
-            for layer, tokens in self._encode(np.stack(good)).items():
+            waveforms = np.stack([clip.waveform for clip in good])
+            maps = self._encode(waveforms, [clip.n_audio_samples for clip in good])
+            for layer, tokens in maps.items():
                 flat = tokens.patches.float().flatten(0, 1).cpu().numpy()
                 statistics[layer].add(flat[np.isfinite(flat).all(1)])
         try:
@@ -186,7 +188,7 @@ class ShardExtractor:
             window=recipe.window,
             sample_rate_hz=recipe.encoder.sample_rate_hz,
         )
-        maps = self._encode(waveform[None])
+        maps = self._encode(waveform[None], [None])
         tokens = {
             array.column_suffix: _tokens(maps, array)[0].float().cpu().numpy()
             for array in self._job.schema.arrays()
@@ -309,12 +311,20 @@ class ShardExtractor:
         n_audio = [
             None if isinstance(clip, AudioError) else clip.n_audio_samples for clip in decoded
         ]
-        stored = self._store(self._encode(np.stack(waveforms)), n_audio)
+        stored = self._store(self._encode(np.stack(waveforms), n_audio), n_audio)
         return [self._write_row(i, clip, stored, writers) for i, clip in enumerate(decoded)]
 
-    def _encode(self, waveforms: Float32[np.ndarray, "batch sample"]) -> dict[int, TokenMap]:
+    def _encode(
+        self, waveforms: Float32[np.ndarray, "batch sample"], n_audio: Sequence[int | None]
+    ) -> dict[int, TokenMap]:
+        """Tokens of clips, of which so many samples are audio; None: all."""
+        lengths = [self._n_samples if n is None else n for n in n_audio]
         with self._encoding, torch.no_grad():
-            features = self._encoder.frontend(torch.from_numpy(waveforms).to(self._device))
+            features = features_of(
+                self._encoder,
+                torch.from_numpy(waveforms).to(self._device),
+                lengths if self._job.recipe.window.pad == "zero" else None,
+            )
             maps = self._encoder.encode(features, self._job.recipe.layers)
         for layer, tokens in maps.items():
             if tokens.grid != self._grids[layer]:

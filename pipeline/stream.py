@@ -14,7 +14,7 @@ from torch import Tensor
 
 from patchbank.pipeline.audio import DecodedClip, decode_clip, probe_duration_s
 from patchbank.pipeline.bank.dtypes import STORED_TYPES, prefix_type
-from patchbank.pipeline.encoders.base import Encoder
+from patchbank.pipeline.encoders.base import Encoder, features_of
 from patchbank.pipeline.errors import AudioError
 from patchbank.pipeline.specs import StoredDType, WindowSpec
 from patchbank.pipeline.tokens import counted_patches, store_tokens
@@ -75,7 +75,11 @@ class TokenStream:
     @torch.no_grad()
     def _encode(self, windows: Sequence[Window], clips: Sequence[DecodedClip]) -> EncodedWindows:
         waveforms = torch.from_numpy(np.stack([clip.waveform for clip in clips]))
-        features = self.encoder.frontend(waveforms.to(self.device))
+        features = features_of(
+            self.encoder,
+            waveforms.to(self.device),
+            [clip.n_audio_samples for clip in clips] if self.window.pad == "zero" else None,
+        )
         tokens = self.encoder.encode(features, [self.layer])[self.layer]
         counts = [
             counted_patches(

@@ -265,7 +265,8 @@ def eat_half(path: Path) -> Path:
 
 
 def eat_fine_tuned(path: Path) -> Path:
-    model = prefixed(fairseq_names(random_state(eat_shapes())), "model.") | head("model.")
+    # Its head stands beside the encoder.
+    model = prefixed(fairseq_names(random_state(eat_shapes())), "model.") | head()
     return torch_file(path / "eat_plus.pt", {"args": None, "cfg": FAIRSEQ_CFG, "model": model})
 
 

@@ -295,7 +295,9 @@ class TestFiles:
         content = weights.read_bytes()
         for bad in (b"", b"not a checkpoint", content[: len(content) // 2], content[:20], unsafe):
             path.write_bytes(bad)
-            with pytest.raises(EncoderError, match="damaged or holds more than tensors") as caught:
+            with pytest.raises(
+                EncoderError, match=r"damaged or no file of torch|holds fractions\.Fraction"
+            ) as caught:
                 load(path, "cpu")
             assert "\n" not in str(caught.value)
 

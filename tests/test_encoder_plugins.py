@@ -105,7 +105,7 @@ def test_an_unknown_name_says_what_there_is_and_what_is_near(
     mine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(mine.parent)
-    with pytest.raises(EncoderError, match=r"'mine' \(did you mean mine\.py\?\); there are: eff"):
+    with pytest.raises(EncoderError, match=r"'mine' \(did you mean mine\.py\?\); there are: asit"):
         load_encoder("mine")
     with pytest.raises(EncoderError, match=r"\(did you mean tiny\?\).*such as my_encoder\.py"):
         load_encoder("tinny")

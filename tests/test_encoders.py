@@ -21,6 +21,7 @@ from published_files import (
     HEADS,
     LAYOUTS,
     NATURAL_S,
+    audiomae_fine_tuned,
     bat_shapes,
     beats_state,
     dasheng_state,
@@ -171,6 +172,8 @@ LENGTHS: list[tuple[str, float, dict[str, Any], Grid]] = [
     ("bird-mae", 3.0, {}, Grid(32, 8)),
     ("bat", 10.0, {}, Grid(64, 8)),
     ("bat", 5.0, {"length": 512}, Grid(32, 8)),
+    ("bat", 10.24, {}, Grid(64, 8)),
+    ("bat", 10.3, {}, Grid(64, 8)),
     ("bat", 13.0, {}, Grid(82, 8)),
     ("dasheng", 10.0, {}, Grid(250, 1)),
     ("dasheng", 1.0, {}, Grid(25, 1)),
@@ -203,6 +206,18 @@ def test_every_layer_at_every_length_is_what_naive_code_makes(
         )
         assert values.shape == (1, n_prefix + grid.n_patches, 128)
         assert (values[0] - expected[layer - 1]).abs().max() < PLAIN_ATOL
+
+
+def test_a_fine_tuned_audiomae_is_what_naive_code_makes(tmp_path: Path) -> None:
+    encoder = load_encoder("audiomae", weights=audiomae_fine_tuned(tmp_path))
+    frames = encoder.frontend(noise(encoder, 10.0))
+    state = {k: v for k, v in random_state(vit_shapes(64)).items() if not k.startswith("norm.")}
+    doubles = {key: value.double() for key, value in state.items()}
+    expected = plain_vit(doubles, frames[0].double(), 64)
+    for layer, tokens in encoder.encode(frames).items():
+        assert tokens.prefix is not None
+        values = torch.cat([tokens.prefix, tokens.patches], 1)[0]
+        assert (values - expected[layer - 1]).abs().max() < PLAIN_ATOL
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -19,13 +19,15 @@ from patchbank.pipeline.encoders.checkpoint import (
     without_prefix,
 )
 from patchbank.pipeline.encoders.frontend import PUBLISHED, choose_settings
-from patchbank.pipeline.encoders.kaldi import KaldiSettings
+from patchbank.pipeline.encoders.kaldi import FRAMES, KaldiSettings
 from patchbank.pipeline.encoders.patch_encoder import PatchEncoder
 from patchbank.pipeline.encoders.vit import vit_encoder
 
 EXPECTED = "a checkpoint of Sara-Ahmed/ASiT with the entry teacher, such as ASiT_16kHz.pth"
 PRESETS = {
-    PUBLISHED: KaldiSettings("asit", mean=-4.2677393, divisor=2 * 4.5689974, lengths=(592, 1024))
+    PUBLISHED: KaldiSettings(
+        "asit", mean=-4.2677393, divisor=2 * 4.5689974, lengths=(592, 1024), short_clips=FRAMES
+    )
 }
 """ASiT:data_transformations.py, main_ASiT.py; the released weights are of 16 kHz audio."""
 
@@ -40,9 +42,10 @@ def load(
     """The teacher's backbone in a file. Raises `EncoderError`."""
     settings = choose_settings("asit", PRESETS, preset, frontend)
     checkpoint = read_checkpoint(weights, encoder="asit", expected=EXPECTED)
-    state = without_prefix(
-        tensors_of(checkpoint.section("teacher", "model", "state_dict")), "module.", "backbone."
-    )
+    teacher = checkpoint.content.get("teacher")
+    if not isinstance(teacher, Mapping):
+        raise checkpoint.error("there is no entry teacher")
+    state = without_prefix(checkpoint, tensors_of(teacher), "module.", "backbone.")
     return vit_encoder(
         checkpoint,
         without(state, "head_cls.", "head_recons.", "head."),

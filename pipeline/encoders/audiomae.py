@@ -20,7 +20,7 @@ from patchbank.pipeline.encoders.checkpoint import (
     without_prefix,
 )
 from patchbank.pipeline.encoders.frontend import PUBLISHED, choose_settings
-from patchbank.pipeline.encoders.kaldi import KaldiSettings
+from patchbank.pipeline.encoders.kaldi import FRAMES, KaldiSettings
 from patchbank.pipeline.encoders.patch_encoder import PatchEncoder
 from patchbank.pipeline.encoders.vit import vit_encoder
 
@@ -28,7 +28,9 @@ EXPECTED = (
     "pretrained.pth or finetuned.pth of facebookresearch/AudioMAE, or a folder with timm's names"
 )
 PRESETS = {
-    PUBLISHED: KaldiSettings("audiomae", mean=-4.2677393, divisor=2 * 4.5689974, lengths=(1024,))
+    PUBLISHED: KaldiSettings(
+        "audiomae", mean=-4.2677393, divisor=2 * 4.5689974, lengths=(1024,), short_clips=FRAMES
+    )
 }
 """AudioMAE:dataset.py, main_pretrain.py."""
 
@@ -44,7 +46,11 @@ def load(
     settings = choose_settings("audiomae", PRESETS, preset, frontend)
     checkpoint = read_checkpoint(weights, encoder="audiomae", expected=EXPECTED)
     every = without_prefix(
-        tensors_of(checkpoint.section("model", "state_dict")), "model.", "module.", "encoder."
+        checkpoint,
+        tensors_of(checkpoint.section("model", "state_dict")),
+        "model.",
+        "module.",
+        "encoder.",
     )
     state = without(every, "decoder", "mask_token", "fc_norm.", "head.")
     return vit_encoder(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -56,9 +56,32 @@ class Encoder(Protocol):
 class PadsClips(Protocol):
     """An encoder that pads clips to a length of its own, so that its grid may outlast them."""
 
+    def frontend(
+        self,
+        waveform: Float[Tensor, "batch sample"],
+        n_audio_samples: Sequence[int] | None = None,
+    ) -> Float[Tensor, "batch ..."]:
+        """As of every encoder; where it is said how many samples of each clip are audio, followed
+        by zeros, a short clip is padded as the encoder pads a clip of that length."""
+        ...
+
     def audio_times(self, n_samples: int) -> int:
         """Time patches, of every layer's grid, that hold some of the first `n_samples`."""
         ...
+
+
+def features_of(
+    encoder: Encoder,
+    waveform: Float[Tensor, "batch sample"],
+    n_audio_samples: Sequence[int] | None,
+) -> Float[Tensor, "batch ..."]:
+    """What an encoder's front end makes of clips whose audio may be shorter than they are.
+
+    `n_audio_samples` is None where clips are filled with something else than zeros.
+    """
+    if n_audio_samples is not None and isinstance(encoder, PadsClips):
+        return encoder.frontend(waveform, n_audio_samples)
+    return encoder.frontend(waveform)
 
 
 RESAMPLER: dict[str, Any] = {

@@ -85,15 +85,15 @@ def load(
     published = tensors_of(checkpoint.section("state_dict", "model"))
     if any(key.startswith("student.encoder.") for key in published):
         published = {k: v for k, v in published.items() if k.startswith("student.encoder.")}
-    every = without_prefix(published, "student.encoder.", "model.")
+    every = without_prefix(checkpoint, published, "student.encoder.", "model.")
     names = {"cls_token": "cls", "pos_embed": "positions"}
     state = {
         names.get(key, key.removeprefix("patch_embed.")): value
         for key, value in without(every, "head.").items()
     }
-    dim = shape_of(checkpoint, state, "proj.weight")[0]
-    hidden = shape_of(checkpoint, state, "blocks.0.mlp.fc1.weight")[0]
-    n_positions = min(shape_of(checkpoint, state, "positions")[1], LONGEST * N_BANDS)
+    dim = shape_of(checkpoint, state, "proj.weight", 4)[0]
+    hidden = shape_of(checkpoint, state, "blocks.0.mlp.fc1.weight", 2)[0]
+    n_positions = min(shape_of(checkpoint, state, "positions", 3)[1], LONGEST * N_BANDS)
     state["positions"] = state["positions"][:, :n_positions]
     heads = heads_of(checkpoint, dim, checkpoint.config.get("num_heads"))
 

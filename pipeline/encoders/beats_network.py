@@ -134,11 +134,10 @@ class BeatsNetwork(TokenNetwork):
 
     n_prefix = 0
 
-    def __init__(self, config: BeatsConfig, name: str = "beats") -> None:
+    def __init__(self, config: BeatsConfig) -> None:
         super().__init__()
         self.config = config
         self.dim, self.depth = config.encoder_embed_dim, config.encoder_layers
-        self._name = name
         self.patch_embedding = nn.Conv2d(1, config.embed_dim, PATCH, PATCH, bias=config.conv_bias)
         self.layer_norm = nn.LayerNorm(config.embed_dim)
         if config.embed_dim != self.dim:
@@ -146,7 +145,7 @@ class BeatsNetwork(TokenNetwork):
         self.encoder = BeatsEncoder(config)
 
     def grid(self, n_frames: int) -> Grid:
-        return whole_patches(n_frames, self._name)
+        return whole_patches(n_frames, "beats")
 
     def hidden_states(
         self, features: Float[Tensor, "batch time freq"], n_layers: int

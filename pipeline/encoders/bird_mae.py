@@ -52,7 +52,7 @@ def load(
     settings = choose_settings("bird-mae", PRESETS, preset, frontend)
     checkpoint = read_checkpoint(weights, encoder="bird-mae", expected=EXPECTED)
     every = without_prefix(
-        tensors_of(checkpoint.section("state_dict", "model")), "model.", "encoder."
+        checkpoint, tensors_of(checkpoint.section("state_dict", "model")), "model.", "encoder."
     )
     state = without(every, "decoder", "mask_token", "fc_norm.", "head.")
     return vit_encoder(

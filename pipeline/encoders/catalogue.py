@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PACKAGE = "patchbank.pipeline.encoders"
+NOT_STATED = "not stated"
+"""The licence of weights whose publisher names none."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ _ENTRIES = (
         "asit",
         "asit",
         "ASiT: local and global self-supervision on AudioSet; the teacher.",
-        licence="not stated",
+        licence=NOT_STATED,
         grid="64 x 8 of 10 s, 37 x 8 of 6 s",
         dim=768,
         n_layers=12,
@@ -107,7 +109,7 @@ _ENTRIES = (
         "bird-mae",
         "bird_mae",
         "Bird-MAE: a masked autoencoder on bird recordings, 5 s clips.",
-        licence="not stated",
+        licence=NOT_STATED,
         rate=32_000,
         grid="32 x 8 of 5 s",
         dim=768,

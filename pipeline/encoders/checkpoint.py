@@ -11,23 +11,24 @@ import argparse
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from patchbank.pipeline.encoders.hub import CONFIG, WEIGHTS
 from patchbank.pipeline.errors import EncoderError
 from patchbank.pipeline.specs import Json
 
 ALLOWED_CLASSES: list[Any] = [argparse.Namespace, pathlib.PosixPath]
-FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
-"""Names of the weights in a folder of the Hugging Face hub, beside config.json."""
 SHOWN_KEYS = 3
+FORBIDDEN = re.compile(r"(?:GLOBAL|global:?|class) ([\w.]+\.[\w.]+)")
+"""How torch names a class or a function that a file asks for."""
 Network = TypeVar("Network", bound=nn.Module)
 State = dict[str, Tensor]
 
@@ -70,7 +71,9 @@ def read_checkpoint(path: Path | None, *, encoder: str, expected: str) -> Checkp
         raise EncoderError(
             f"{encoder} has no bundled weights; it takes {expected}; pass it with --weights"
         )
-    file, config = _in_folder(path, expected) if path.is_dir() else (path, {})
+    file = _in_folder(path, expected) if path.is_dir() else path
+    # Beside the file also where it is named itself: the same bytes are the same encoder.
+    config = _config(file.with_name(CONFIG)) if file.name in WEIGHTS else {}
     try:
         with file.open("rb") as stream:
             sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -80,12 +83,12 @@ def read_checkpoint(path: Path | None, *, encoder: str, expected: str) -> Checkp
     return Checkpoint(file, _content(file, expected), config, sha256, expected)
 
 
-def _in_folder(folder: Path, expected: str) -> tuple[Path, Json]:
-    for name in FOLDER_FILES:
+def _in_folder(folder: Path, expected: str) -> Path:
+    for name in WEIGHTS:
         if (folder / name).is_file():
-            return folder / name, _config(folder / "config.json")
+            return folder / name
     raise EncoderError(
-        f"{folder} holds neither {' nor '.join(FOLDER_FILES)}; expected {expected}; give the "
+        f"{folder} holds neither {' nor '.join(WEIGHTS)}; expected {expected}; give the "
         "weight file itself"
     )
 
@@ -108,16 +111,24 @@ def _content(path: Path, expected: str) -> Mapping[str, Any]:
             return load_file(path)
         with torch.serialization.safe_globals(ALLOWED_CLASSES):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except (SafetensorError, Exception) as error:  # what unpickling garbage raises is not bounded
-        reason = str(error).splitlines()[0][:200] if str(error) else ""
-        raise EncoderError(
-            f"{path} ({path.stat().st_size} bytes) is damaged or holds more than tensors and "
-            f"plain settings, which is never loaded ({type(error).__name__}: {reason}); expected "
-            f"{expected}; download it again"
-        ) from error
+    except Exception as error:  # what unpickling garbage raises is not bounded
+        raise EncoderError(f"{path}: {_reason(error, path)}; expected {expected}") from error
     if not isinstance(content, Mapping):
         raise EncoderError(f"{path} holds a {type(content).__name__}; expected {expected}")
     return content
+
+
+def _reason(error: Exception, path: Path) -> str:
+    """Why a file was not loaded, and what to do; torch's own words advise to load it unsafely."""
+    if found := FORBIDDEN.search(str(error)):
+        return (
+            f"holds {found[1]}, which is more than tensors and plain settings and is never loaded; "
+            "where you trust the file, save its state dict as safetensors"
+        )
+    return (
+        f"{path.stat().st_size} bytes, damaged or no file of torch or safetensors "
+        f"({type(error).__name__}); download it again"
+    )
 
 
 def _is_zip(path: Path) -> bool:
@@ -131,13 +142,17 @@ def tensors_of(section: Mapping[str, Any]) -> State:
     return {str(key): value for key, value in section.items() if isinstance(value, Tensor)}
 
 
-def without_prefix(state: Mapping[str, Tensor], *prefixes: str) -> State:
+def without_prefix(checkpoint: Checkpoint, state: Mapping[str, Tensor], *prefixes: str) -> State:
     """The state with each prefix, in this order, cut off the keys that begin with it.
 
-    Keys without it stay as they are: a file may hold a head beside its encoder.
+    Keys without it stay as they are: a file may hold a head beside its encoder. Raises
+    `EncoderError` where a key is there both ways.
     """
     for prefix in prefixes:
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
+        shorter = {key.removeprefix(prefix): value for key, value in state.items()}
+        if len(shorter) < len(state):
+            raise checkpoint.error(f"keys are there with and without the prefix {prefix!r}")
+        state = shorter
     return dict(state)
 
 
@@ -152,12 +167,17 @@ def depth_of(state: Mapping[str, Any], blocks: str = "blocks") -> int:
     return sum(number.isdecimal() for number in numbers)
 
 
-def shape_of(checkpoint: Checkpoint, state: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
-    """The shape of a tensor that says how large the network is."""
+def shape_of(
+    checkpoint: Checkpoint, state: Mapping[str, Tensor], key: str, n_axes: int
+) -> tuple[int, ...]:
+    """The shape of a tensor that says how large the network is; `EncoderError` for another rank."""
     if key not in state:
         listed = ", ".join(list(state)[:SHOWN_KEYS]) or "no tensors"
         raise checkpoint.error(f"there is no {key} (it holds {listed} ...)")
-    return tuple(state[key].shape)
+    shape = tuple(state[key].shape)
+    if len(shape) != n_axes or 0 in shape:
+        raise checkpoint.error(f"1 mis-shaped ({key} {shape}, expected {n_axes} axes)")
+    return shape
 
 
 def heads_of(checkpoint: Checkpoint, dim: int, given: object = None) -> int:
@@ -165,6 +185,8 @@ def heads_of(checkpoint: Checkpoint, dim: int, given: object = None) -> int:
 
     Raises `EncoderError` where the channels cannot be shared among them.
     """
+    if given is not None and (isinstance(given, bool) or not isinstance(given, int)):
+        raise checkpoint.error(f"its settings say num_heads = {given!r}, expected a whole number")
     heads = given if isinstance(given, int) else 16 if dim == 1280 else max(1, dim // 64)
     if heads < 1 or dim % heads:
         raise checkpoint.error(f"{dim} channels do not make {heads} attention heads")
@@ -200,9 +222,9 @@ def _check_fit(
     missing = [key for key in expected if key not in state]
     unexpected = [str(key) for key in state if key not in expected]
     misshaped = [
-        f"{key} {_describe(state[key])} for {tuple(expected[key].shape)}"
-        for key in expected
-        if key in state and _describe(state[key]) != str(tuple(expected[key].shape))
+        f"{key} {_describe(state[key])} for {_describe(value)}"
+        for key, value in expected.items()
+        if key in state and _describe(state[key]) != _describe(value)
     ]
     if missing or unexpected or misshaped:
         raise checkpoint.error(
@@ -218,7 +240,11 @@ def _prepared(value: Tensor) -> Tensor:
 
 
 def _describe(value: object) -> str:
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    """A tensor's shape, and whether it holds whole numbers; floats of any width are widened."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    kind = "" if value.is_floating_point() else " of whole numbers"
+    return f"{tuple(value.shape)}{kind}"
 
 
 def _listed(kind: str, keys: Sequence[str]) -> str:

@@ -24,6 +24,7 @@ from patchbank.pipeline.errors import EncoderError
 from patchbank.pipeline.specs import Grid, differing_fields
 
 LARGEST_FLOAT16 = 65_504.0
+ANOTHER_WINDOW = "choose another --window-s"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def check_encode(bench: Bench) -> str:
         bench.encoder.grids(bench.n_samples)
     except EncoderError as error:
         raise Broken(
-            str(error), expected=f"clips of {bench.window_s:g} s", hint="choose a --window-s"
+            str(error), expected=f"clips of {bench.window_s:g} s", hint=ANOTHER_WINDOW
         ) from error
     waveform = bench.clip.to(bench.device, copy=True)
     returned: object = bench.encoder.encode(bench.encoder.frontend(waveform))

@@ -119,15 +119,19 @@ def load(
     """The encoder in a file or folder. Raises `EncoderError`."""
     settings = choose_settings("dasheng", PRESETS, preset, frontend)
     checkpoint = read_checkpoint(weights, encoder="dasheng", expected=EXPECTED)
-    published = without_prefix(tensors_of(checkpoint.section("model")), "model.", "encoder.")
+    published = without_prefix(
+        checkpoint, tensors_of(checkpoint.section("model")), "model.", "encoder."
+    )
     state = _renamed(without(published, "front_end.", "outputlayer."))
-    dim = shape_of(checkpoint, state, "patch_embed.weight")[0]
-    n_mels = shape_of(checkpoint, state, "init_bn.weight")[0]
+    # Counts batches of the training, where the file has it; no token depends on it.
+    state.setdefault("init_bn.num_batches_tracked", torch.tensor(0))
+    dim = shape_of(checkpoint, state, "patch_embed.weight", 4)[0]
+    n_mels = shape_of(checkpoint, state, "init_bn.weight", 1)[0]
     sizes = {
         "heads": heads_of(checkpoint, dim, _heads(checkpoint)),
-        "hidden": shape_of(checkpoint, state, "blocks.0.mlp.fc1.weight")[0],
+        "hidden": shape_of(checkpoint, state, "blocks.0.mlp.fc1.weight", 2)[0],
         "n_mels": n_mels,
-        "n_times": shape_of(checkpoint, state, "time_pos_embed")[-1],
+        "n_times": shape_of(checkpoint, state, "time_pos_embed", 4)[-1],
     }
     network = fit(
         checkpoint, state, lambda: DashengNetwork(dim=dim, depth=depth_of(state), **sizes)

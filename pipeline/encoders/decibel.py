@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from patchbank.pipeline.encoders.frontend import FrontEnd
+from patchbank.pipeline.encoders.frontend import FrontEnd, check_constants
 from patchbank.pipeline.errors import EncoderError
 
 RAW = "decibels"
@@ -41,9 +41,9 @@ class DecibelSettings:
     range_offset: float = 1e-8
     """Added to the range that is divided by."""
     length: int = 0
-    """Frames that shorter clips are padded to, with zeros, after normalising."""
+    """Frames that clips are padded or cut to, unless they are a patch longer; 0: none."""
     patch_frames: int = 1
-    """Clips beyond `length` are padded to a multiple of it."""
+    """Other clips are padded to a multiple of it. All padding is zeros, after normalising."""
 
     def __post_init__(self) -> None:
         if self.normalises not in NORMALISATIONS:
@@ -51,8 +51,22 @@ class DecibelSettings:
                 f"{self.encoder}: normalises {self.normalises!r}; there are: "
                 f"{', '.join(NORMALISATIONS)}"
             )
-        if min(self.n_fft, self.hop_samples, self.n_mels, self.patch_frames) < 1:
-            raise EncoderError(f"{self.encoder}: the front end's sizes must be positive")
+        check_constants(
+            self.encoder,
+            positive={
+                "sample_rate_hz": self.sample_rate_hz,
+                "n_fft": self.n_fft,
+                "hop_samples": self.hop_samples,
+                "n_mels": self.n_mels,
+                "least_power": self.least_power,
+                "top_db": self.top_db,
+                "length": self.length + 1,
+                "patch_frames": self.patch_frames,
+            },
+            low_hz=self.low_hz,
+            high_hz=self.high_hz,
+            sample_rate_hz=self.sample_rate_hz,
+        )
 
     @property
     def least_samples(self) -> int:
@@ -72,8 +86,9 @@ class DecibelSettings:
     def n_frames(self, n_samples: int) -> int:
         """Frames that the encoder sees of a waveform of `n_samples`."""
         found = self.n_raw_frames(n_samples)
-        whole = -(-found // self.patch_frames) * self.patch_frames
-        return max(self.length, whole)
+        if found < self.length + self.patch_frames:
+            return max(self.length, self.patch_frames)
+        return -(-found // self.patch_frames) * self.patch_frames
 
 
 class DecibelFrontEnd(FrontEnd):
@@ -96,7 +111,9 @@ class DecibelFrontEnd(FrontEnd):
         filters = _mel_bank(settings) if bank is None else bank
         self.register_buffer("bank", filters, persistent=False)
 
-    def features(self, waveform: Float[Tensor, "batch sample"]) -> Float[Tensor, "batch time freq"]:
+    def features(
+        self, waveform: Float[Tensor, "batch sample"], n_audio_samples: int
+    ) -> Float[Tensor, "batch time freq"]:
         settings = self.settings
         n_frames = self.n_frames(waveform.shape[1])
         decibels = self.decibels(waveform)

@@ -28,7 +28,7 @@ from patchbank.pipeline.encoders.checkpoint import (
     without_prefix,
 )
 from patchbank.pipeline.encoders.frontend import BAT, PUBLISHED, choose_settings
-from patchbank.pipeline.encoders.kaldi import ZERO_AFTER, KaldiFrontEnd, KaldiSettings
+from patchbank.pipeline.encoders.kaldi import FRAMES, ZERO_AFTER, KaldiFrontEnd, KaldiSettings
 from patchbank.pipeline.encoders.patch_encoder import PatchEncoder
 from patchbank.pipeline.encoders.post_norm import NORM_EPS, PostNormNetwork
 
@@ -55,7 +55,9 @@ def presets(name: str) -> dict[str, KaldiSettings]:
     BAT_ICML2026:data/legacy_audio_datasets.py, which feeds 10.23 s of a 10 s clip.
     """
     return {
-        PUBLISHED: KaldiSettings(name, mean=-4.268, divisor=2 * 4.569, lengths=(1024,)),
+        PUBLISHED: KaldiSettings(
+            name, mean=-4.268, divisor=2 * 4.569, lengths=(1024,), short_clips=FRAMES
+        ),
         BAT: KaldiSettings(name, mean=-4.59864076, divisor=2 * 4.357353477, padding=ZERO_AFTER),
     }
 
@@ -84,12 +86,13 @@ def load_as(
     settings = choose_settings(name, presets(name), preset, frontend)
     checkpoint = read_checkpoint(weights, encoder=name, expected=expected)
     published = tensors_of(checkpoint.section("model"))
-    every = without_prefix(published, "model.", "modality_encoders.IMAGE.")
+    every = without_prefix(checkpoint, published, "model.", "modality_encoders.IMAGE.")
     state = renamed(without(every, "decoder.", "fc_norm.", "head.", "_ema."))
-    dim = shape_of(checkpoint, state, "proj.weight")[0]
-    hidden = shape_of(checkpoint, state, "blocks.0.linear1.weight")[0]
-    n_positions = shape_of(checkpoint, state, "positions")[1]
-    heads = heads_of(checkpoint, dim, _heads(checkpoint))
+    _check_settings(checkpoint)
+    dim = shape_of(checkpoint, state, "proj.weight", 4)[0]
+    hidden = shape_of(checkpoint, state, "blocks.0.linear1.weight", 2)[0]
+    n_positions = shape_of(checkpoint, state, "positions", 3)[1]
+    heads = heads_of(checkpoint, dim, _settings(checkpoint).get("num_heads"))
 
     def build() -> PostNormNetwork:
         blocks = nn.ModuleList(_block(dim, heads, hidden) for _ in range(depth_of(state)))
@@ -127,10 +130,19 @@ def renamed(published: State) -> State:
     return state
 
 
-def _heads(checkpoint: Checkpoint) -> object:
-    """As config.json or the fairseq settings say, where they do."""
-    if "num_heads" in checkpoint.config:
-        return checkpoint.config["num_heads"]
+def _settings(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """Those of the model in config.json or in a fairseq file; empty where there are none."""
+    if checkpoint.config:
+        return checkpoint.config
     settings = checkpoint.content.get("cfg")
     model = settings.get("model") if isinstance(settings, Mapping) else None
-    return model.get("num_heads") if isinstance(model, Mapping) else None
+    return model if isinstance(model, Mapping) else {}
+
+
+def _check_settings(checkpoint: Checkpoint) -> None:
+    for name, expected in (("layer_norm_first", False), ("norm_eps", NORM_EPS)):
+        found = _settings(checkpoint).get(name, expected)
+        if found != expected:
+            raise checkpoint.error(
+                f"its settings say {name} = {found!r}, only {expected!r} is known"
+            )

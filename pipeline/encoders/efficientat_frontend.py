@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from patchbank.pipeline.encoders.frontend import full_precision
+from patchbank.pipeline.encoders.frontend import check_constants, full_precision
 from patchbank.pipeline.encoders.kaldi import mel_bank
 from patchbank.pipeline.errors import EncoderError
 
@@ -39,6 +39,23 @@ class LogMelConstants:
     shift: float = 4.5
     divisor: float = 5.0
     """`(log_mel + shift) / divisor`."""
+
+    def __post_init__(self) -> None:
+        check_constants(
+            "efficientat",
+            positive={
+                "sample_rate_hz": self.sample_rate_hz,
+                "window_samples": self.window_samples,
+                "hop_samples": self.hop_samples,
+                "n_fft": self.n_fft + 1 - self.window_samples,
+                "n_mels": self.n_mels,
+                "log_offset": self.log_offset,
+                "divisor": self.divisor,
+            },
+            low_hz=self.mel_min_hz,
+            high_hz=self.mel_max_hz,
+            sample_rate_hz=self.sample_rate_hz,
+        )
 
     @property
     def min_samples(self) -> int:

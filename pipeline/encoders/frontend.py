@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any, TypeVar
@@ -31,17 +32,30 @@ class FrontEnd(nn.Module):
         n_frames: int = self.settings.n_frames(n_samples)
         return n_frames
 
-    def forward(self, waveform: Float[Tensor, "batch sample"]) -> Float[Tensor, "batch time freq"]:
-        """Frames of float32 waveforms at `sample_rate_hz`, padded and normalised."""
-        self.n_frames(waveform.shape[1])
-        with torch.no_grad(), full_precision(waveform.device):
-            if waveform.device.type == "cpu":
-                # A batch of spectra falls out of the caches.
-                return torch.cat([self.features(clip) for clip in waveform.split(1)])
-            return self.features(waveform)
+    def forward(
+        self,
+        waveform: Float[Tensor, "batch sample"],
+        n_audio_samples: Sequence[int] | None = None,
+    ) -> Float[Tensor, "batch time freq"]:
+        """Frames of float32 waveforms at `sample_rate_hz`, padded and normalised.
 
-    def features(self, waveform: Float[Tensor, "batch sample"]) -> Float[Tensor, "batch time freq"]:
-        """`forward` without its care for devices; no clip's frames depend on its batch."""
+        `n_audio_samples` says how much of each clip is audio; None: all.
+        """
+        n_samples = waveform.shape[1]
+        self.n_frames(n_samples)
+        n_audio = [n_samples] * len(waveform) if n_audio_samples is None else n_audio_samples
+        whole = min(n_audio, default=n_samples) >= n_samples
+        with torch.no_grad(), full_precision(waveform.device):
+            if whole and waveform.device.type != "cpu":
+                return self.features(waveform, n_samples)
+            # On a CPU a batch of spectra falls out of the caches.
+            clips = zip(waveform.split(1), n_audio, strict=True)
+            return torch.cat([self.features(clip, min(n, n_samples)) for clip, n in clips])
+
+    def features(
+        self, waveform: Float[Tensor, "batch sample"], n_audio_samples: int
+    ) -> Float[Tensor, "batch time freq"]:
+        """`forward` of clips with equally much audio; no clip's frames depend on its batch."""
         raise NotImplementedError
 
 
@@ -96,12 +110,32 @@ def choose_settings(
     return replace(settings, **values)  # type: ignore[type-var]
 
 
+def check_constants(
+    encoder: str,
+    *,
+    positive: Mapping[str, float],
+    low_hz: float,
+    high_hz: float,
+    sample_rate_hz: int,
+) -> None:
+    """Raises `EncoderError` for sizes that are not positive and bands that the rate cannot have."""
+    for name, value in positive.items():
+        if value <= 0:
+            raise EncoderError(f"{encoder}: {name} must be positive, found {value:g}")
+    nyquist = sample_rate_hz / 2
+    if not 0 <= low_hz < high_hz <= nyquist:
+        raise EncoderError(
+            f"{encoder}: mel bands from {low_hz:g} to {high_hz:g} Hz, expected them within 0 to "
+            f"{nyquist:g} Hz"
+        )
+
+
 def _as(value: Any, like: Any, name: str) -> Any:
     """A value as the type of a default; JSON has lists for tuples, and whole numbers for floats."""
     if isinstance(like, bool) or isinstance(value, bool):
         is_right = isinstance(like, bool) and isinstance(value, bool)
     elif isinstance(like, float):
-        is_right = isinstance(value, (int, float))
+        is_right = isinstance(value, (int, float)) and math.isfinite(value)
         value = float(value) if is_right else value
     elif isinstance(like, tuple):
         is_right = isinstance(value, (list, tuple)) and all(isinstance(x, int) for x in value)

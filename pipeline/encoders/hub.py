@@ -67,8 +67,8 @@ def _fetch(reference: str) -> Located:
         pinned = f"{PREFIX}{repo}@{folder.name}" + (f":{file}" if file else "")
         return Located(folder / name if file else folder, pinned)
     raise EncoderError(
-        f"{repo} at {revision} has no {file or ' or '.join(WEIGHTS)}; name the file: "
-        f"{PREFIX}{repo}@{revision}:FILE"
+        f"{repo} at {revision} has no {file or ' or '.join(WEIGHTS)}, nor has the hub's cache "
+        f"where there is no network; name the file: {PREFIX}{repo}@{revision}:FILE"
     )
 
 

@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from patchbank.pipeline.encoders.frontend import FrontEnd
+from patchbank.pipeline.encoders.frontend import FrontEnd, check_constants
 from patchbank.pipeline.errors import EncoderError
 
 ZERO_BEFORE = "zeros before normalising"
 ZERO_AFTER = "zeros after normalising"
 MINIMUM_BEFORE = "the clip's minimum before normalising"
 PADDINGS = (ZERO_BEFORE, ZERO_AFTER, MINIMUM_BEFORE)
+SAMPLES, FRAMES = "samples of zero", "frames as in padding"
 WINDOWS = ("hanning", "povey")
-LOG_FLOOR = 1.1920928955078125e-07
-"""float32's epsilon: the least energy whose logarithm is taken."""
+N_MELS, PATCH_FRAMES = 128, 16
 
 
 @dataclass(frozen=True)
@@ -40,34 +40,56 @@ class KaldiSettings:
     frame_ms: float = 25.0
     hop_ms: float = 10.0
     preemphasis: float = 0.97
-    n_mels: int = 128
+    n_mels: int = N_MELS
     low_hz: float = 20.0
     high_hz: float = 0.0
     """Added to half the rate where it is not positive."""
+    log_floor: float = 1.1920928955078125e-07
+    """float32's epsilon: the least energy whose logarithm is taken."""
     mean: float = 0.0
     divisor: float = 1.0
     """`(log_mel - mean) / divisor`; published code divides by twice the deviation."""
     lengths: tuple[int, ...] = ()
     """Frames that clips are padded or cut to: the smallest that is less than a patch shorter."""
-    patch_frames: int = 16
+    patch_frames: int = PATCH_FRAMES
     pads_longer: bool = True
     """Whether clips beyond all `lengths` are padded to whole patches; else the rest is cut."""
     padding: str = ZERO_BEFORE
+    short_clips: str = SAMPLES
+    """What is added to a clip that ends before its window: samples of zero, or frames."""
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("window", self.window, WINDOWS),
             ("padding", self.padding, PADDINGS),
+            ("short_clips", self.short_clips, (SAMPLES, FRAMES)),
         ):
             if value not in known:
                 raise EncoderError(
                     f"{self.encoder}: {name} {value!r}; there are: {', '.join(known)}"
                 )
-        if self.divisor <= 0 or self.patch_frames < 1 or any(n < 1 for n in self.lengths):
+        check_constants(
+            self.encoder,
+            positive={
+                "sample_rate_hz": self.sample_rate_hz,
+                "scale": self.scale,
+                "divisor": self.divisor,
+                "log_floor": self.log_floor,
+                "lengths": min(self.lengths, default=1),
+                "frame_ms": self.frame_samples,
+                "hop_ms": self.hop_samples,
+            },
+            low_hz=self.low_hz,
+            high_hz=self.high_hz + (self.high_hz <= 0) * self.sample_rate_hz / 2,
+            sample_rate_hz=self.sample_rate_hz,
+        )
+        if self.n_mels != N_MELS or self.patch_frames != PATCH_FRAMES:
             raise EncoderError(
-                f"{self.encoder}: divisor, patch_frames and lengths must be positive, found "
-                f"{self.divisor:g}, {self.patch_frames} and {self.lengths}"
+                f"{self.encoder}: n_mels and patch_frames are {N_MELS} and {PATCH_FRAMES}, the "
+                f"network's; found {self.n_mels} and {self.patch_frames}"
             )
+        # One set of lengths is one front end.
+        object.__setattr__(self, "lengths", tuple(sorted(set(self.lengths))))
 
     @property
     def frame_samples(self) -> int:
@@ -100,7 +122,7 @@ class KaldiSettings:
     def n_frames(self, n_samples: int) -> int:
         """Frames that the encoder sees of a waveform of `n_samples`, padded or cut."""
         found = self.n_raw_frames(n_samples)
-        for length in sorted(self.lengths):
+        for length in self.lengths:
             if found < length + self.patch_frames:
                 return length
         rest = found % self.patch_frames
@@ -128,13 +150,17 @@ class KaldiFrontEnd(FrontEnd):
         )
         self.register_buffer("bank", bank.T, persistent=False)
 
-    def features(self, waveform: Float[Tensor, "batch sample"]) -> Float[Tensor, "batch time freq"]:
-        settings = self.settings
+    def features(
+        self, waveform: Float[Tensor, "batch sample"], n_audio_samples: int
+    ) -> Float[Tensor, "batch time freq"]:
+        settings, n_samples = self.settings, waveform.shape[1]
+        if settings.short_clips == FRAMES and n_audio_samples < n_samples:
+            waveform = waveform[:, : max(n_audio_samples, settings.frame_samples)]
         if settings.removes_mean:
             waveform = waveform - clip_means(waveform)
         if settings.scale != 1.0:
             waveform = waveform * settings.scale
-        return fit_length(self.log_mel(waveform), self.settings, waveform.shape[1])
+        return fit_length(self.log_mel(waveform), settings, n_samples)
 
     def log_mel(self, waveform: Float[Tensor, "batch sample"]) -> Float[Tensor, "batch time freq"]:
         """Logarithms of the energies in the mel bands, nothing normalised."""
@@ -146,7 +172,7 @@ class KaldiFrontEnd(FrontEnd):
         frames = (frames - settings.preemphasis * before) * self.window
         frames = F.pad(frames, (0, settings.n_fft - settings.frame_samples))
         power = torch.fft.rfft(frames).abs().pow(2.0)
-        return torch.matmul(power, self.bank).clamp_min(LOG_FLOOR).log()
+        return torch.matmul(power, self.bank).clamp_min(self.settings.log_floor).log()
 
 
 def clip_means(waveform: Float[Tensor, "batch sample"]) -> Float[Tensor, "batch 1"]:

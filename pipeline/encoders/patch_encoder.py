@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -92,9 +92,17 @@ class PatchEncoder:
         n_frames: int = settings.n_raw_frames(max(n_samples, settings.least_samples))
         return -(-n_frames // self.network.patch_frames)
 
-    def frontend(self, waveform: Float[Tensor, "batch sample"]) -> Float[Tensor, "batch time freq"]:
-        """Normalised frames of float32 waveforms at `spec.sample_rate_hz`."""
-        frames: Tensor = self._frontend(waveform)
+    def frontend(
+        self,
+        waveform: Float[Tensor, "batch sample"],
+        n_audio_samples: Sequence[int] | None = None,
+    ) -> Float[Tensor, "batch time freq"]:
+        """Normalised frames of float32 waveforms at `spec.sample_rate_hz`.
+
+        `n_audio_samples` says how much of each clip is audio, before zeros; None: all. Where
+        published code pads a short clip's frames rather than its samples, so does this.
+        """
+        frames: Tensor = self._frontend(waveform, n_audio_samples)
         return frames
 
     def encode(

@@ -7,7 +7,7 @@ import re
 
 from patchbank.pipeline.encoders.base import RESAMPLER
 from patchbank.pipeline.encoders.bench import Bench, Broken, Doubtful
-from patchbank.pipeline.encoders.catalogue import ENCODERS
+from patchbank.pipeline.encoders.catalogue import NOT_STATED, shipped
 from patchbank.pipeline.encoders.discovery import is_file
 from patchbank.pipeline.specs import EncoderSpec, LayerSpec, canonical_json, differing_fields
 
@@ -26,9 +26,12 @@ def check_spec(bench: Bench) -> str:
 def _problems_of_name(name: object, reference: str) -> list[str]:
     if not isinstance(name, str) or not name.strip():
         return [f"name is {name!r}, not a text"]
-    if is_file(reference) and name in ENCODERS:
+    entry = shipped(name)
+    if is_file(reference) and entry is not None:
         return [f"name is {name!r}, which is a shipped encoder; choose another"]
-    if reference and not is_file(reference) and name != reference:
+    # A file of fine-tuned weights adds a + to the name that it is asked for by.
+    names = (name,) if entry is None else entry.names
+    if reference and not is_file(reference) and reference not in names:
         return [f"name is {name!r}, which predict would not find; it is loaded as {reference!r}"]
     return []
 
@@ -71,9 +74,9 @@ def _is_count(value: object, least: int = 1) -> bool:
 def check_licence(bench: Bench) -> str:
     """Whether a licence is stated; a warning where it is not."""
     spec = bench.encoder.spec
-    if not spec.licence.strip():
+    if spec.licence.strip() in ("", NOT_STATED):
         raise Doubtful(
-            "no licence",
+            "no licence, or none that the publisher states",
             expected="the licence of the weights, which lands in every bank's card",
             hint='EncoderSpec(..., licence="CC BY-NC 4.0", source="where they are from")',
         )

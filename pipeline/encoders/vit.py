@@ -109,11 +109,16 @@ def vit_encoder(
     Where there is no `norm`, as in files that were fine-tuned with pooled tokens, the last layer
     is the last block's output. Raises `EncoderError` where the state does not fit.
     """
-    dim = shape_of(checkpoint, state, "patch_embed.proj.weight")[0]
-    hidden = shape_of(checkpoint, state, "blocks.0.mlp.fc1.weight")[0]
-    n_positions = shape_of(checkpoint, state, "pos_embed")[1]
+    dim = shape_of(checkpoint, state, "patch_embed.proj.weight", 4)[0]
+    hidden = shape_of(checkpoint, state, "blocks.0.mlp.fc1.weight", 2)[0]
+    n_positions = shape_of(checkpoint, state, "pos_embed", 3)[1]
     n_heads = heads_of(checkpoint, dim, heads)
     n_times = max(1, (n_positions - 1) // N_BANDS)
+    if not resizes and n_times * PATCH not in settings.lengths:
+        raise checkpoint.error(
+            f"it has positions for {n_times * PATCH} frames, {settings.encoder} is fed "
+            f"{' or '.join(map(str, settings.lengths)) or 'any number'}"
+        )
     has_norm = "norm.weight" in state
 
     def build() -> VisionTransformer:
