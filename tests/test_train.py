@@ -216,7 +216,15 @@ def test_a_run_leaves_results_probes_and_predictions_that_agree(tmp_path: Path) 
     assert results["bank"] == bank.fingerprint
     assert results["n_failed_clips"] == 1
     assert results["folds"] == [
-        {"name": "split", "train": 139, "valid": 49, "test": 50, "unused": 1}
+        {
+            "name": "split",
+            "train": 139,
+            "valid": 49,
+            "test": 50,
+            "unused": 1,
+            "views": 0,
+            "views_left_out": 0,
+        }
     ]
     assert [(row["probe"], row["split"], row["metric"]) for row in results["scores"]] == [
         (probe, part, metric)
@@ -322,7 +330,7 @@ def test_the_table_fits_80_columns_and_prints_what_is_left_out(tmp_path: Path) -
     assert max(len(line) for line in text.splitlines()) <= 80
     words = re.sub(r"\s+", " ", text)
     assert "50 test clips, 2 seeds, ± over seeds; 1 failed clips left out" in words
-    assert "1 labelled rows in no split" in words
+    assert "1 labelled clips in no split" in words
     assert "map_macro without 1 of 4 classes; auroc_macro without 1 of 4 classes" in words
     [row] = [
         row

@@ -12,7 +12,7 @@ from fake_bank import N_CLIPS
 from made_views import MADE
 
 from patchbank.cli.main import main
-from patchbank.pipeline.bank import open_bank
+from patchbank.pipeline.bank import Bank, open_bank
 from patchbank.pipeline.errors import ManifestError
 from patchbank.pipeline.extraction import extract
 
@@ -45,6 +45,79 @@ def test_the_command_line_makes_views_trains_predicts_and_shows(
     assert main(["predict", str(run), "--bank", str(bank), "--out", str(out)]) == 0
     found = [row["clip"] for row in csv.DictReader(out.read_text().splitlines())]
     assert found == [f"audio/{index:04d}.wav" for index in range(N_CLIPS)]
+
+
+FAST = ["--probe", "linear", "--epochs", "2", "--seeds", "1", "--lr", "0.05"]
+
+
+def sheets(made: Bank, folder: Path) -> tuple[Path, Path]:
+    """Labels of one class a clip, and a split that has nothing to do with the bank's."""
+    labels, splits = folder / "labels.csv", folder / "splits.csv"
+    names = [row["clip_id"] for row in made.clips.to_pylist() if not row["view"]]
+    labels.write_text(
+        "\n".join(["clip_id,labels", *(f"{name},c{n % 3}" for n, name in enumerate(names))])
+    )
+    parts = ["train", "train", "train", "valid", "test"]
+    splits.write_text(
+        "\n".join(["clip_id,split", *(f"{name},{parts[n % 5]}" for n, name in enumerate(names))])
+    )
+    return labels, splits
+
+
+def test_another_split_leaves_out_the_views_that_cross_it(
+    made: Bank, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels, splits = sheets(made, tmp_path)
+    line = ["train-probe", str(made.path), "--labels", str(labels), "--splits", str(splits)]
+    assert main([*line, "--out", str(tmp_path / "run"), *FAST]) == 0
+    said = capsys.readouterr()
+    facts = json.loads((tmp_path / "run/results.json").read_text())
+    [fold] = facts["folds"]
+    part_of = dict(row.split(",") for row in splits.read_text().splitlines()[1:])
+    views = [row for row in made.clips.to_pylist() if row["view"]]
+    wanted = [row for row in views if part_of[row["clip_id"]] == "train"]
+    kept = [
+        row
+        for row in wanted
+        if all(part_of[name] == "train" for name in (row["clip_id"], *row["mix_sources"]))
+    ]
+    assert 0 < len(kept) < len(wanted)
+    n_left_out = len(wanted) - len(kept)
+    assert (fold["views"], fold["views_left_out"]) == (len(wanted), n_left_out)
+    assert (fold["train"], fold["unused"]) == (24 + len(kept), 0)
+    words = f"{n_left_out} of {len(wanted)} views are left out: what is mixed into them lies in"
+    assert words in said.err
+    out = " ".join(said.out.split())
+    assert f"{n_left_out} of {len(wanted)} views left out of training" in out
+    assert "in no split" not in out
+    assert facts["task"] == "multi-class"
+    assert "accuracy" in {row["metric"] for row in facts["scores"]}
+
+
+def test_clean_clips_alone_train_on_request(made: Bank, tmp_path: Path) -> None:
+    labels, splits = sheets(made, tmp_path)
+    line = ["train-probe", str(made.path), "--labels", str(labels), "--splits", str(splits)]
+    line += ["--task", "multiclass", "--no-views", "--out", str(tmp_path / "run"), *FAST]
+    assert main(line) == 0
+    [fold] = json.loads((tmp_path / "run/results.json").read_text())["folds"]
+    assert (fold["train"], fold["valid"], fold["test"], fold["views"]) == (24, 8, 8, 0)
+
+
+def test_a_table_with_views_says_which_rows_are_converted(
+    made: Bank, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "clean.csv"
+    names = [row["clip_id"] for row in made.clips.to_pylist() if not row["view"]]
+    table.write_text("\n".join(["clip_id,view", *(f"{name},0" for name in names)]))
+    line = ["bank", "convert", str(made.path), "--clips", str(table), "--out"]
+    assert main([*line, str(tmp_path / "clean.bank")]) == 0
+    clips = open_bank(tmp_path / "clean.bank").clips
+    assert clips["clip_id"].to_pylist() == names
+    assert set(clips["view"].to_pylist()) == {0}
+    table.write_text(f"clip_id,view\n{names[0]},0\n{names[0]},7\n")
+    assert main([*line, str(tmp_path / "other.bank")]) == 1
+    found = " ".join(capsys.readouterr().err.split())
+    assert f"clean.csv:3:view: no view '7' of '{names[0]}' in" in found
 
 
 @pytest.mark.parametrize(
