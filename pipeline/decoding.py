@@ -13,10 +13,10 @@ import pyarrow as pa
 
 from patchbank.pipeline.audio import DecodedClip, decode_clip
 from patchbank.pipeline.bank.seal_record import brief
+from patchbank.pipeline.draws import Draw, draws_of
 from patchbank.pipeline.errors import AudioError
 from patchbank.pipeline.specs import Recipe
 from patchbank.pipeline.view_audio import made_view
-from patchbank.pipeline.views import Draw, draws_of
 
 READ_AHEAD_BATCHES = 2
 Decoded = DecodedClip | AudioError

@@ -34,6 +34,7 @@ from patchbank.pipeline.bank.schema import create_skeleton
 from patchbank.pipeline.bank.seal import seal_bank
 from patchbank.pipeline.bank.seal_record import SEAL
 from patchbank.pipeline.decoding import STRETCH, ShardClips
+from patchbank.pipeline.draws import draws_of
 from patchbank.pipeline.environment import default_batch_size
 from patchbank.pipeline.errors import (
     BankCorrupt,
@@ -52,7 +53,6 @@ from patchbank.pipeline.preparation import (
 from patchbank.pipeline.preparation import prepare as prepare
 from patchbank.pipeline.settings import ExtractionSettings as ExtractionSettings
 from patchbank.pipeline.specs import Json
-from patchbank.pipeline.views import draws_of
 from patchbank.pipeline.workers import Workers, open_workers
 
 

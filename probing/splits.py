@@ -197,7 +197,8 @@ def _crossing(
         not harmless.issuperset((ids[row], *(mixed or ())))
         for row, mixed in zip(views, mixes, strict=True)
     ]
-    return views[np.array(crosses, dtype=bool)]
+    crossing: Int[np.ndarray, " crossing"] = views[np.array(crosses, dtype=bool)]
+    return crossing
 
 
 def _check_filled(split: Split, origin: str) -> None:

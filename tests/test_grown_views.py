@@ -43,14 +43,14 @@ def test_a_bank_grows_and_keeps_the_draws_of_its_rows(
     made: Bank, clip_table: Path, tmp_path: Path
 ) -> None:
     path = Path(shutil.copytree(made.path, tmp_path / "x.bank"))
-    before = by_key(made)
+    before = by_key(made.clips)
     shards = {p: p.stat().st_mtime_ns for p in path.glob("layers/*/p*/c.*")}
     table = longer(clip_table, tmp_path)
     steps: list[Progress] = []
     bank = extract(table, encoder="fake", out=path, settings=MADE, progress=steps.append)
     assert steps[-1] == Progress(27, 27, 0)
     assert {p: p.stat().st_mtime_ns for p in shards} == shards
-    after = by_key(bank)
+    after = by_key(bank.clips)
     assert {key: after[key] for key in before} == before
     fresh = [row for key, row in after.items() if key not in before]
     assert len(fresh) == 27
@@ -97,8 +97,8 @@ def test_more_views_are_a_growth_and_fewer_are_refused(
     assert steps[-1] == Progress(20, 20, 0)
     at_once = extract(clip_table, encoder="fake", out=tmp_path / "o.bank", settings=more)
     columns = ["mix_sources", "mix_snr_db", "mix_gains", "shift_samples", "gain_db"]
-    expected = by_key(at_once)
-    for key, row in by_key(bank).items():
+    expected = by_key(at_once.clips)
+    for key, row in by_key(bank.clips).items():
         assert [row[name] for name in columns] == [expected[key][name] for name in columns]
     with pytest.raises(
         BankMismatch, match=r"more views .* say --views 3(?s:.*)views: found 3, exp"
@@ -139,7 +139,7 @@ def test_banks_with_views_merge_and_convert(made: Bank, tmp_path: Path) -> None:
     named = [lines[0] + ",clip_id", *(f"{line},o{n}" for n, line in enumerate(lines[1:]))]
     other_table.write_text("\n".join(named) + "\n")
     other = extract(other_table, encoder="fake", out=tmp_path / "o.bank", settings=MADE)
-    expected = by_key(made) | by_key(other)
+    expected = by_key(made.clips) | by_key(other.clips)
     linked = join_banks([made, other], tmp_path / "l.bank")
     copied = rebuild_bank([made, other], tmp_path / "c.bank")
     archive = rebuild_bank([copied], tmp_path / "a.bank", storage="blosc")
@@ -148,7 +148,7 @@ def test_banks_with_views_merge_and_convert(made: Bank, tmp_path: Path) -> None:
     for bank in (linked, copied, archive, narrow):
         assert verify_bank(bank.path) == ()
         assert bank.card["augment"] == EVERYTHING.identity()
-        found = by_key(bank)
+        found = by_key(bank.clips)
         assert found.keys() == expected.keys()
         for key, row in found.items():
             assert [row[name] for name in columns] == [expected[key][name] for name in columns]
@@ -222,6 +222,10 @@ def test_a_bank_whose_view_columns_are_others_is_refused(
         pytest.param({"seed": 0, "mixup": {"p": 7}}, id="a probability"),
         pytest.param({"seed": 0, "mixup": {"q": 1}}, id="an unknown parameter"),
         pytest.param({"seed": 0, "noise": {}}, id="an unknown augmentation"),
+        pytest.param({"seed": 0, "gain": {"min_db": -6.0}}, id="a default that is not written"),
+        pytest.param({"seed": 0, "gain": {"min_db": -6, "max_db": 6.0}}, id="an int for a float"),
+        pytest.param({"gain": {"min_db": -6.0, "max_db": 6.0}}, id="no seed"),
+        pytest.param({"seed": 0, "gain": GainSpec().__dict__, "shift": None}, id="a null"),
     ],
 )
 def test_a_card_whose_views_make_no_sense_is_refused(

@@ -20,6 +20,7 @@ from patchbank.pipeline.specs import (
     LayerSpec,
     MixupSpec,
     ShiftSpec,
+    canonical_json,
     differing_fields,
     digest,
 )
@@ -171,9 +172,13 @@ def augment_of_card(card: Json) -> AugmentSpec | None:
             for name, kind in (("mixup", MixupSpec), ("shift", ShiftSpec), ("gain", GainSpec))
             if name in parts
         }
-        return AugmentSpec(**specs, **parts)
+        augment = AugmentSpec(**specs, **parts)
     except PatchbankError as error:
         raise ValueError(f"augment: {error}") from error
+    # A default that is not spelt out, or 1 for 1.0, would be the same views under another identity.
+    if canonical_json(augment.identity()) != canonical_json(card["augment"]):
+        raise ValueError(f"augment is {brief(card['augment'])}, which nothing here writes")
+    return augment
 
 
 def recipe_differences(
