@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from patchbank.pipeline.bank import Bank
+    from patchbank.pipeline.fitting import Extraction
     from patchbank.pipeline.manifest import ClipTable
-    from patchbank.pipeline.preparation import Extraction
 
 
 def extract(

@@ -40,17 +40,13 @@ from patchbank.pipeline.errors import (
     BankCorrupt,
     BankNotFound,
 )
+from patchbank.pipeline.fitting import Extraction, check_same_growth, fit_to_bank
 from patchbank.pipeline.plan import (
     bank_attributes,
     plan_extraction,
 )
-from patchbank.pipeline.preparation import (
-    Extraction,
-    check_same_growth,
-    fit_to_bank,
-    telling_of_a_full_disk,
-)
 from patchbank.pipeline.preparation import prepare as prepare
+from patchbank.pipeline.preparation import telling_of_a_full_disk
 from patchbank.pipeline.settings import ExtractionSettings as ExtractionSettings
 from patchbank.pipeline.specs import Json
 from patchbank.pipeline.workers import Workers, open_workers

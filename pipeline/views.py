@@ -24,9 +24,8 @@ from patchbank.pipeline.draws import Draw, Pools, drawn_values
 from patchbank.pipeline.errors import ManifestError, Problem
 from patchbank.pipeline.manifest import ClipTable
 from patchbank.pipeline.manifest.views import PARTS
-from patchbank.pipeline.specs import AugmentSpec, ShiftSpec
+from patchbank.pipeline.specs import MOST_VIEWS, AugmentSpec, ShiftSpec
 
-MOST_VIEWS = 2**15 - 1
 Rows = Int64[np.ndarray, " row"]
 Part = tuple[str | None, ...]
 """Split and fold of a clip, where there are such columns."""
@@ -75,10 +74,50 @@ def with_views(
     )
 
 
-def count_rows(table: ClipTable, n_views: int) -> int:
-    """How many rows `with_views` gives; raises what it does of the table, before any drawing."""
-    _check(table, n_views)
-    return len(_rows(_parts(table), n_views)[0])
+class TableRows:
+    """The rows that a table comes to, with their views where there are any.
+
+    Views are drawn when they are asked for, and once for the bank whose rows keep their draws.
+    """
+
+    def __init__(
+        self,
+        table: ClipTable,
+        augment: AugmentSpec | None,
+        *,
+        n_views: int,
+        sample_rate_hz: int,
+        window_samples: int,
+    ) -> None:
+        """Raises `ManifestError` where no views can be made of the table."""
+        self.n_views = n_views
+        self._table, self._augment = table, augment
+        self._sample_rate_hz, self._window_samples = sample_rate_hz, window_samples
+        self._length = len(table.clips)
+        self._drawn: tuple[str | None, pa.Table] | None = None
+        if augment is not None:
+            _check(table, n_views)
+            self._length = len(_rows(_parts(table), n_views)[0])
+
+    def __len__(self) -> int:
+        return self._length
+
+    def drawn(self, known: pa.Table | None = None, *, fingerprint: str | None = None) -> pa.Table:
+        """The rows; those of `known`, the clip table of the bank with that fingerprint, keep their
+        draws."""
+        if self._augment is None:
+            return self._table.clips
+        if self._drawn is None or self._drawn[0] != fingerprint:
+            rows = with_views(
+                self._table,
+                self._augment,
+                n_views=self.n_views,
+                sample_rate_hz=self._sample_rate_hz,
+                window_samples=self._window_samples,
+                known=known,
+            )
+            self._drawn = fingerprint, rows
+        return self._drawn[1]
 
 
 def _rows(parts: Sequence[Part | None], n_views: int) -> tuple[Rows, Rows]:

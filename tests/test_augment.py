@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from made_views import EVERYTHING, by_key
+from made_views import EVERYTHING, MADE, N_ROWS, by_key
 
+from patchbank.cli.augment import parse_augment
+from patchbank.pipeline.bank import Bank
 from patchbank.pipeline.encoders import load_encoder
 from patchbank.pipeline.errors import ManifestError, PatchbankError
-from patchbank.pipeline.extraction import ExtractionSettings
+from patchbank.pipeline.extraction import ExtractionSettings, extract, prepare
 from patchbank.pipeline.manifest import ClipTable
 from patchbank.pipeline.specs import (
     AugmentSpec,
@@ -351,6 +354,52 @@ def test_a_single_clip_can_be_shifted() -> None:
 def test_settings_that_make_no_views_are_refused(make: Any, words: str) -> None:
     with pytest.raises(PatchbankError, match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        MIXUP,
+        replace(EVERYTHING, seed=7),
+        AugmentSpec(MixupSpec(0.5, -1.5, 1e-05, 2), ShiftSpec(0.25), GainSpec(-3, 1)),
+    ],
+)
+def test_an_augmentation_says_what_to_type_for_it(augment: AugmentSpec) -> None:
+    words = iter(augment.options.split())
+    typed = list(zip(words, words, strict=True))
+    texts = [value for name, value in typed if name == "--augment"]
+    seeds = [int(value) for name, value in typed if name == "--augment-seed"]
+    assert parse_augment(texts, n_views=1, seed=next(iter(seeds), None)) == augment
+
+
+def test_views_are_drawn_once_for_the_bank_that_is_there(
+    made: Bank, clip_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every number that is drawn costs a hash: one for each view and augmentation."""
+    folder = Path(shutil.copytree(clip_table.parent, tmp_path / "set"))
+    shutil.copy(folder / "audio/0000.wav", folder / "new.wav")
+    with (folder / "clips.csv").open("a") as file:
+        file.write("new.wav,train\n")
+    n_drawn = 0
+    real = hashlib.shake_256
+
+    def counted(data: bytes) -> Any:
+        nonlocal n_drawn
+        n_drawn += 1
+        return real(data)
+
+    monkeypatch.setattr(hashlib, "shake_256", counted)
+    path = Path(shutil.copytree(made.path, tmp_path / "x.bank"))
+    table = folder / "clips.csv"
+    bank = extract(table, encoder="fake", out=path, settings=MADE)
+    assert bank.n_clips == N_ROWS + 3
+    assert n_drawn == 2 * 3
+    n_drawn = 0
+    again = prepare(table, encoder="fake", out=path, settings=MADE)
+    assert again.plan.missing_shards == ()
+    assert n_drawn == 0
+    extract(clip_table, encoder="fake", out=tmp_path / "y.bank", settings=MADE)
+    assert n_drawn == 20 * 2 * 3
 
 
 def test_banks_without_views_keep_the_recipe_that_they_had() -> None:

@@ -124,6 +124,8 @@ def test_a_table_with_views_says_which_rows_are_converted(
     ("more", "words"),
     [
         (["--views", "5"], "found --views 5 without --augment"),
+        (["--views", "32768", "--augment", "gain"], "found --views 32768, expected at most 32,767"),
+        (["--views", "-1", "--augment", "gain"], "Invalid value for '--views'"),
         (["--augment", "mixup"], "found --augment without --views"),
         (["--augment-seed", "1"], "found --augment-seed without --augment"),
         (["--views", "5", "--augment", "noise"], "found --augment 'noise', expected mixup, shift"),

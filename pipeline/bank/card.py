@@ -186,9 +186,18 @@ def recipe_differences(
 ) -> dict[str, tuple[object, object]]:
     """The fields in which two recipes differ; what follows from another stored type is left out."""
     differences = differing_fields(found, expected)
+    kinds = [set(recipe.get("augment", ())) for recipe in (found, expected)]
+    if kinds[0] != kinds[1]:
+        differences = {k: v for k, v in differences.items() if k.split(".")[0] != "augment"}
+        differences["augment"] = (_augment_options(found), _augment_options(expected))
     if "stored_dtype" in differences:
         return {k: v for k, v in differences.items() if not k.startswith("quantisation.")}
     return differences
+
+
+def _augment_options(recipe: Mapping[str, Any]) -> str | None:
+    augment = augment_of_card(dict(recipe))
+    return None if augment is None else augment.options
 
 
 def attributes_of_card(card: Json) -> Json:
