@@ -7,10 +7,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
+import soundfile
 from fake_bank import N_CLIPS
 from made_views import MADE
 
+from patchbank.cli.extract import failures
 from patchbank.cli.main import main
 from patchbank.pipeline.bank import Bank, open_bank
 from patchbank.pipeline.errors import ManifestError
@@ -145,6 +149,59 @@ def test_misuse_leaves_with_2_and_says_what_to_type(
     line = ["extract", str(clip_table), "--encoder", "fake", "--out", "x.bank", *more]
     assert main(line) == 2
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+def failing(n_views: int, *, of: str, reason: str) -> list[dict[str, object]]:
+    """A clip and its views, all of which failed."""
+    return [
+        {"clip_id": of, "view": view, "status": 2, "reason": reason} for view in range(n_views + 1)
+    ]
+
+
+def test_failures_name_the_view_and_many_of_one_reason_take_a_line() -> None:
+    rows = [
+        {"clip_id": "good", "view": 0, "status": 1, "reason": None},
+        *failing(2, of="a", reason="no such file"),
+        *failing(3, of="b", reason="no such file"),
+        *failing(4, of="c", reason="is empty"),
+        *failing(2, of="d", reason="no such file"),
+        {"clip_id": None, "view": None, "status": 3, "reason": None},
+    ]
+    assert list(failures(pa.Table.from_pylist(rows))) == [
+        "failed: a: no such file",
+        "failed: 7 views, first view 1 of a: no such file",
+        "failed: b: no such file",
+        "failed: c: is empty",
+        "failed: view 1 of c: is empty",
+        "failed: view 2 of c: is empty",
+        "failed: view 3 of c: is empty",
+        "failed: view 4 of c: is empty",
+        "failed: d: no such file",
+    ]
+
+
+def test_a_source_that_fails_many_views_is_told_once(
+    clip_table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(clip_table.parent, tmp_path / "set"))
+    nan = np.full(16_000, np.nan, np.float32)
+    soundfile.write(folder / "audio/0001.wav", nan, 16_000, subtype="FLOAT")
+    line = ["extract", str(folder / "clips.csv"), "--encoder", "fake", "--window-s", "1"]
+    line += ["--views", "9", "--augment", "mixup:p=1", "--out", str(tmp_path / "x.bank")]
+    assert main(line) == 0
+    said = [row for row in capsys.readouterr().err.splitlines() if row.startswith("failed: ")]
+    clips = open_bank(tmp_path / "x.bank").clips.to_pylist()
+    n_mixed = sum("audio/0001.wav" in row["mix_sources"] for row in clips)
+    first = next(row for row in clips if "audio/0001.wav" in row["mix_sources"])
+    reason = "16000 of 16000 samples are NaN or infinite"
+    assert sorted(said) == sorted(
+        [
+            f"failed: audio/0001.wav: {reason}",
+            f"failed: 9 views, first view 1 of audio/0001.wav: {reason}",
+            f"failed: {n_mixed} views, first view {first['view']} of {first['clip_id']}: "
+            f"'audio/0001.wav', which is mixed in: {reason}",
+        ]
+    )
 
 
 def test_a_table_that_has_views_is_refused(clip_table: Path, tmp_path: Path) -> None:
