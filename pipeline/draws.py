@@ -61,11 +61,15 @@ class Pools:
     """
 
     def __init__(
-        self, clip_ids: Sequence[str], paths: Sequence[str], parts: Sequence[int], has_audio: Any
+        self,
+        clip_ids: Sequence[str],
+        paths: Sequence[str],
+        parts: Sequence[int],
+        has_audio: Bool[np.ndarray, " clip"],
     ) -> None:
         """`parts` numbers what sources have to share, -1 of clips that take no part."""
         part = np.asarray(parts, np.int64)
-        pooled = np.flatnonzero((part >= 0) & np.asarray(has_audio, bool)).tolist()
+        pooled = np.flatnonzero((part >= 0) & has_audio).tolist()
         pooled.sort(key=lambda row: (parts[row], clip_ids[row]))
         self._ids = pa.array([clip_ids[row] for row in pooled], pa.string())
         self._part = part
@@ -81,7 +85,7 @@ class Pools:
         order = np.argsort(of_pooled, kind="stable")
         self._first_own = np.cumsum(n_own) - n_own
         rank = np.arange(len(pooled)) - self._first_own[of_pooled[order]]
-        # Clips of the recording that stand before its rank-th one have been skipped already.
+        # So many others stand before each clip of a recording: a later place skips it.
         before = order - self._first[part[pooled]][order] - rank
         self._wide = len(pooled) + 1
         self._skips = of_pooled[order] * self._wide + before

@@ -323,6 +323,11 @@ def test_a_table_that_no_views_can_be_made_of_is_refused(table: ClipTable, words
         drawn(table, MIXUP)
 
 
+def test_clips_without_audio_can_be_shifted() -> None:
+    table = clip_table(2, split=["train"] * 2, duration_s=[0.0] * 2)
+    assert len(drawn(table, AugmentSpec(shift=ShiftSpec()), n_views=5)) == 12
+
+
 def test_a_single_clip_can_be_shifted() -> None:
     table = clip_table(1, split=["train"])
     assert len(drawn(table, AugmentSpec(shift=ShiftSpec()), n_views=5)) == 6

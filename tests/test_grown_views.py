@@ -142,6 +142,19 @@ def test_other_views_are_another_recipe(
         extract(clip_table, encoder="fake", out=made.path, settings=settings)
 
 
+def test_what_to_type_is_said_of_unfinished_banks_and_of_those_without_views(
+    made: Bank, sealed: Bank, clip_table: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(made.path, tmp_path / "x.bank"))
+    (path / "seal.json").unlink()
+    other = replace(MADE, augment=AugmentSpec(MixupSpec()))
+    with pytest.raises(BankMismatch, match="are those of --views N --augment mixup --augment sh"):
+        extract(clip_table, encoder="fake", out=path, settings=other)
+    plain = replace(MADE, stored_dtype="float16")
+    with pytest.raises(BankMismatch, match="it makes no views: leave --views and --augment out"):
+        extract(clip_table, encoder="fake", out=sealed.path, settings=plain)
+
+
 def test_banks_with_views_merge_and_convert(made: Bank, tmp_path: Path) -> None:
     other_table = write_clip_set(tmp_path / "other", n_clips=12)
     lines = other_table.read_text().splitlines()
@@ -171,7 +184,8 @@ def test_a_bank_without_views_is_not_merged_with_one(
     bank = extract(clip_table, encoder="fake", out=tmp_path / "p.bank", settings=plain)
     with pytest.raises(BankMismatch, match="only banks of one recipe can be merged") as error:
         join_banks([made, bank], tmp_path / "m.bank")
-    assert list(error.value.differences) == ["augment"]
+    options = "--augment mixup --augment shift --augment gain"
+    assert error.value.differences == {"augment": (None, options)}
 
 
 def test_the_training_part_of_a_bank_keeps_its_views(
