@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 def parse_augment(texts: Sequence[str], *, n_views: int, seed: int | None) -> AugmentSpec | None:
     """The augmentations that `--augment mixup` or `--augment gain:min_db=-3,max_db=3` name.
 
-    Exits with 2 for unknown ones, for one named twice, and where views and augmentations are not
-    both given.
+    Exits with 2 for unknown ones, for one named twice, for more views than a bank can number, and
+    where views and augmentations are not both given.
     """
     from patchbank.pipeline.errors import PatchbankError
-    from patchbank.pipeline.specs import AugmentSpec
+    from patchbank.pipeline.specs import MOST_VIEWS, AugmentSpec
 
     if not texts:
         if n_views:
@@ -35,6 +35,8 @@ def parse_augment(texts: Sequence[str], *, n_views: int, seed: int | None) -> Au
         raise typer.BadParameter(
             "found --augment without --views, expected how many views a clip gets: add --views 5"
         )
+    if n_views > MOST_VIEWS:
+        raise typer.BadParameter(f"found --views {n_views}, expected at most {MOST_VIEWS:,}")
     try:
         specs = [_parse(text) for text in texts]
         names = [name for name, _ in specs]

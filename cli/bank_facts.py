@@ -15,6 +15,7 @@ LONGEST_VALUE = 1_000
 
 def bank_facts(bank: Bank) -> Facts:
     """What `bank show --json` prints."""
+    from patchbank.pipeline.bank.view_columns import count_views
     from patchbank.probing.measure import read_measurements
 
     card, clips = bank.card, bank.clips.select(["status", "reason"]).to_pylist()
@@ -33,7 +34,7 @@ def bank_facts(bank: Bank) -> Facts:
         "window": card["window"],
         "sample_rate_hz": card["encoder"]["sample_rate_hz"],
         "clips": bank.n_clips,
-        "views": sum(bool(view) for view in bank.clips["view"].to_pylist()),
+        "views": count_views(bank.clips),
         "augment": card.get("augment"),
         "generations": list(bank.schema.generations),
         "holes": bank.n_rows - bank.n_clips,

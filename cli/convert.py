@@ -55,7 +55,8 @@ def convert(
         list[str] | None, typer.Option(help="Only clips of this split; repeat it for several.")
     ] = None,
     clips: Annotated[
-        Path | None, typer.Option(help="Only these clips: a table with clip_id or path.")
+        Path | None,
+        typer.Option(help="Only these: a table with clip_id or path, and view if not all views."),
     ] = None,
     compact: Annotated[
         bool, typer.Option("--compact", help="Leave out the holes of a bank that has grown.")
@@ -177,8 +178,8 @@ def _named(bank: Bank, clips: Path) -> np.ndarray:
     table = read_table(clips)
     key = "clip_id" if "clip_id" in table.columns else "path"
     require_columns(table, [key], why="clip_id or path: which clip")
-    keys, wanted = bank.clips[key].to_pylist(), set(table.columns[key])
-    known = set(keys)
+    names = bank.clips[key].to_pylist()
+    known = set(names)
     problems = [
         table.problem(row, key, f"no clip of {bank.path} has {key} {cell!r}")
         for row, cell in enumerate(table.columns[key])
@@ -186,7 +187,20 @@ def _named(bank: Bank, clips: Path) -> np.ndarray:
     ]
     if problems:
         raise ManifestError(problems)
-    return np.fromiter((name in wanted for name in keys), bool, len(keys))
+    if "view" not in table.columns:
+        wanted = set(table.columns[key])
+        return np.fromiter((name in wanted for name in names), bool, len(names))
+    keys = list(zip(names, map(str, bank.clips["view"].to_pylist()), strict=True))
+    asked = list(zip(table.columns[key], table.columns["view"], strict=True))
+    there, wanted_views = set(keys), set(asked)
+    problems = [
+        table.problem(row, "view", f"no view {view!r} of {name!r} in {bank.path}")
+        for row, (name, view) in enumerate(asked)
+        if (name, view) not in there
+    ]
+    if problems:
+        raise ManifestError(problems)
+    return np.fromiter((one in wanted_views for one in keys), bool, len(keys))
 
 
 def check_measurable(source: Bank, labels: Path, *, splits: Path | None, folds: str | None) -> None:

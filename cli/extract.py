@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,8 +19,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from patchbank.pipeline.bank import Bank
+    from patchbank.pipeline.fitting import Extraction
     from patchbank.pipeline.manifest import ClipTable
-    from patchbank.pipeline.preparation import Extraction
+
+
+MOST_FAILED_VIEWS = 5
+"""That are told one by one where they failed for the same reason."""
 
 
 def extract(
@@ -119,6 +125,7 @@ def print_plan(extraction: Extraction, *, as_json: bool) -> None:
     """What an extraction would do, on stdout."""
     import json
 
+    from patchbank.pipeline.bank.view_columns import count_views
     from patchbank.pipeline.specs import human_bytes
 
     plan = extraction.plan
@@ -154,11 +161,6 @@ def print_plan(extraction: Extraction, *, as_json: bool) -> None:
     print(f"free     {human_bytes(plan.free_bytes)} at {extraction.bank.parent}")
 
 
-def count_views(clips: pa.Table) -> int:
-    """Rows of a clip table that are no clean clip."""
-    return sum(bool(view) for view in clips["view"].to_pylist())
-
-
 def write_labels(table: ClipTable, out: Path) -> Path | None:
     """The labels of a folder of class folders, as X.labels.csv beside X.bank.
 
@@ -176,6 +178,24 @@ def write_labels(table: ClipTable, out: Path) -> Path | None:
     return path
 
 
+def failures(clips: pa.Table) -> Iterator[str]:
+    """A line for each clip that failed, by name, and for each view; of more than
+    `MOST_FAILED_VIEWS` views that failed for one reason, a line for all."""
+    rows = clips.select(["clip_id", "view", "status", "reason"]).to_pylist()
+    failed = [row for row in rows if row["status"] == 2]
+    alike = Counter(row["reason"] for row in failed if row["view"])
+    told = set()
+    for row in failed:
+        reason, name = row["reason"], row["clip_id"]
+        if not row["view"]:
+            yield f"failed: {name}: {reason}"
+        elif alike[reason] <= MOST_FAILED_VIEWS:
+            yield f"failed: view {row['view']} of {name}: {reason}"
+        elif reason not in told:
+            told.add(reason)
+            yield f"failed: {alike[reason]} views, first view {row['view']} of {name}: {reason}"
+
+
 def print_bank(bank: Bank, *, labels: Path | None, as_json: bool) -> None:
     """What a bank holds, on stdout; failed clips on stderr."""
     import json
@@ -191,9 +211,8 @@ def print_bank(bank: Bank, *, labels: Path | None, as_json: bool) -> None:
         facts = {"bank": str(bank.path), "fingerprint": bank.fingerprint, "clips": bank.n_clips}
         print(json.dumps(facts | {"failed": n_failed, "labels": str(labels) if labels else None}))
         return
-    for row in bank.clips.select(["clip_id", "status", "reason"]).to_pylist():
-        if row["status"] == 2:
-            print(f"failed: {row['clip_id']}: {row['reason']}", file=sys.stderr)
+    for line in failures(bank.clips):
+        print(line, file=sys.stderr)
     print(f"{bank.path}: {bank.n_clips} clips, {n_failed} failed, {bank.fingerprint[:12]}")
     if labels:
         print(f"{labels}: labels from the folder names")

@@ -40,6 +40,9 @@ def train_probe(
     allow_unlabelled: Annotated[
         bool, typer.Option("--allow-unlabelled", help="Leave clips without labels out.")
     ] = False,
+    no_views: Annotated[
+        bool, typer.Option("--no-views", help="Train on clean clips alone, on no view of them.")
+    ] = False,
     epochs: Annotated[int, typer.Option(min=1)] = 30,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     seeds: Annotated[int, typer.Option(min=1, help="Final runs at the chosen rate.")] = 5,
@@ -90,6 +93,7 @@ def train_probe(
             classes=None if classes is None else read_vocabulary(classes),
             task=task.value,
             allow_unlabelled=allow_unlabelled,
+            use_views=not no_views,
             tier=tier.value,
             progress=progress,
             say=lambda line: print(line, file=sys.stderr),

@@ -34,25 +34,21 @@ from patchbank.pipeline.bank.schema import create_skeleton
 from patchbank.pipeline.bank.seal import seal_bank
 from patchbank.pipeline.bank.seal_record import SEAL
 from patchbank.pipeline.decoding import STRETCH, ShardClips
+from patchbank.pipeline.draws import draws_of
 from patchbank.pipeline.environment import default_batch_size
 from patchbank.pipeline.errors import (
     BankCorrupt,
     BankNotFound,
 )
+from patchbank.pipeline.fitting import Extraction, check_same_growth, fit_to_bank
 from patchbank.pipeline.plan import (
     bank_attributes,
     plan_extraction,
 )
-from patchbank.pipeline.preparation import (
-    Extraction,
-    check_same_growth,
-    fit_to_bank,
-    telling_of_a_full_disk,
-)
 from patchbank.pipeline.preparation import prepare as prepare
+from patchbank.pipeline.preparation import telling_of_a_full_disk
 from patchbank.pipeline.settings import ExtractionSettings as ExtractionSettings
 from patchbank.pipeline.specs import Json
-from patchbank.pipeline.views import draws_of
 from patchbank.pipeline.workers import Workers, open_workers
 
 

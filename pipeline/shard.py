@@ -92,8 +92,8 @@ class ShardExtractor:
     """Owns the encoder and the threads that decode and write; `extract` may run twice at once.
 
     While one shard is in the encoder, the other decodes and writes, so neither device nor disk
-    waits at a shard's end. Memory: per running shard, three batches of waveforms, one of tokens,
-    and the ring of each file.
+    waits at a shard's end. Memory: per running shard, three batches of waveforms (five where views
+    are made), one of tokens, and the ring of each file.
     """
 
     def __init__(self, job: ExtractionJob) -> None:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from patchbank.pipeline.errors import PatchbankError
@@ -20,6 +20,8 @@ Json = dict[str, Any]
 PadRule = Literal["zero", "repeat"]
 StoredDType = Literal["float16", "bfloat16", "float32", "int8", "int4"]
 LONGEST_WINDOW_S = 3_600.0
+MOST_VIEWS = 2**15 - 1
+"""Of a clip; views are numbered in 16 bits."""
 MOST_DB = 120.0
 """Levels further apart are a slip of the pen: 24-bit audio spans 144 dB."""
 
@@ -227,6 +229,20 @@ class AugmentSpec:
     def identity(self) -> Json:
         """The seed and the augmentations that there are."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @property
+    def options(self) -> str:
+        """What `patchbank extract` takes for it, besides the number of views."""
+        specs = {"mixup": self.mixup, "shift": self.shift, "gain": self.gain}
+        texts = [f"--augment {name}{_parameters(spec)}" for name, spec in specs.items() if spec]
+        return " ".join([*texts, *([f"--augment-seed {self.seed}"] if self.seed else [])])
+
+
+def _parameters(spec: MixupSpec | ShiftSpec | GainSpec) -> str:
+    """Those that are not the default, as they are typed."""
+    chosen = [(field.name, getattr(spec, field.name), field.default) for field in fields(spec)]
+    texts = [f"{name}={value!r}" for name, value, default in chosen if value != default]
+    return f":{','.join(texts)}" if texts else ""
 
 
 def _make_floats(spec: object, *names: str) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Float32
 
 from patchbank.pipeline.audio import DecodedClip
+from patchbank.pipeline.draws import Draw
 from patchbank.pipeline.errors import AudioError
 from patchbank.pipeline.specs import digest
-from patchbank.pipeline.views import Draw
 
 Waveform = Float32[np.ndarray, " sample"]
 

@@ -5,43 +5,30 @@ clips are mixed in, at which SNR, and how far and how loud the mix is moved. `vi
 waveform of such a row, wherever its shard is encoded, and draws nothing.
 
 A draw is a function of the seed, `clip_id`, `view` and the clips that may be mixed in: those with
-audio and of the same split and fold. So neither shards, workers nor restarts change a view. A bank
-that grows keeps the draws that its rows were made with; new rows draw from the whole longer table.
+audio, of the same split and fold, and of another recording (`path`). So neither shards, workers nor
+restarts change a view. A bank that grows keeps the draws that its rows were made with; new rows
+draw from the whole longer table.
 """
 
 from __future__ import annotations
 
-import hashlib
-from bisect import bisect_left
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import repeat
-from typing import Any
+from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
+from jaxtyping import Int64
 
 from patchbank.pipeline.bank.identity import TABLE_COLUMNS
 from patchbank.pipeline.bank.view_columns import DRAWN, FOUND, MIX_SOURCES, drawn_columns
+from patchbank.pipeline.draws import Draw, Pools, drawn_values
 from patchbank.pipeline.errors import ManifestError, Problem
 from patchbank.pipeline.manifest import ClipTable
-from patchbank.pipeline.specs import AugmentSpec, MixupSpec, ShiftSpec, canonical_json
+from patchbank.pipeline.manifest.views import PARTS
+from patchbank.pipeline.specs import MOST_VIEWS, AugmentSpec, ShiftSpec
 
-PARTS = ("split", "fold")
-MOST_VIEWS = 2**15 - 1
-
-
-@dataclass(frozen=True)
-class Draw:
-    """How a view is made; without arguments that of a clean clip, which stays as it is."""
-
-    mix_sources: tuple[str, ...] = ()
-    """The `clip_id`s of what is mixed in."""
-    mix_snr_db: tuple[float, ...] = ()
-    """How far the clip is above each source, in dB of power over the window."""
-    shift_samples: int = 0
-    """How far the mix is turned towards its end, at the encoder's sample rate."""
-    gain_db: float = 0.0
+Rows = Int64[np.ndarray, " row"]
+Part = tuple[str | None, ...]
+"""Split and fold of a clip, where there are such columns."""
 
 
 def with_views(
@@ -56,30 +43,125 @@ def with_views(
     """The clips of `table`, each training clip followed by its views 1 to `n_views`.
 
     Clips of split `train` get views; without a `split` column all that are in a fold. `known` is
-    the clip table of a bank that grows: its rows keep their draws. Raises `ManifestError` where no
-    views can be made of the table.
+    the clip table of a bank that grows: its rows keep their draws, and only others are drawn.
+    Raises `ManifestError` where no views can be made of the table.
     """
     _check(table, n_views)
-    clips = table.clips
     parts = _parts(table)
-    pools = _pools(clips, parts)
-    shifts = _shifts(augment.shift, sample_rate_hz, window_samples)
-    known_draws = {} if known is None else _draws_by_key(known)
-    owners: list[int] = []
-    views: list[int] = []
-    draws: list[Draw] = []
-    for row, clip_id in enumerate(clips["clip_id"].to_pylist()):
-        part = parts[row]
-        for view in range(1 if part is None else 1 + n_views):
-            draw = known_draws.get((clip_id, view)) if view else Draw()
-            if draw is None:
-                if augment.mixup and set(pools[part][:2]) <= {clip_id}:
-                    raise _nothing_to_mix(table, clip_id, part)
-                draw = draw_view(augment, clip_id, view, pool=pools[part], shifts=shifts)
-            owners.append(row)
-            views.append(view)
-            draws.append(draw)
-    return _table(clips.take(pa.array(owners, pa.int64())), views, draws, augment)
+    owners, views = _rows(parts, n_views)
+    place_of = {} if known is None else _places(known)
+    clip_ids = table.clips["clip_id"].to_pylist()
+    keys = zip(owners.tolist(), views.tolist(), strict=True)
+    places = np.array([place_of.get((clip_ids[row], view), -1) for row, view in keys], np.int64)
+    fresh = np.flatnonzero((views > 0) & (places < 0))
+    drawn = _drawn(
+        table,
+        augment,
+        owners[fresh],
+        views[fresh],
+        parts=parts,
+        shifts=_shifts(augment.shift, sample_rate_hz, window_samples),
+    )
+    # The draw of clean clips, then the new ones, then those of the rows that are there.
+    draws = [pa.table(_clean_draw(augment)), pa.table(drawn)]
+    draws += [] if known is None else [known.select(list(drawn))]
+    schema = pa.schema(drawn_columns(augment))
+    which = np.where(views == 0, 0, 1 + len(fresh) + places)
+    which[fresh] = 1 + np.arange(len(fresh))
+    chosen = pa.concat_tables([one.cast(schema) for one in draws]).combine_chunks()
+    return _table(
+        table.clips.take(pa.array(owners)), pa.array(views, pa.int16()), chosen.take(which)
+    )
+
+
+class TableRows:
+    """The rows that a table comes to, with their views where there are any.
+
+    Views are drawn when they are asked for, and once for the bank whose rows keep their draws.
+    """
+
+    def __init__(
+        self,
+        table: ClipTable,
+        augment: AugmentSpec | None,
+        *,
+        n_views: int,
+        sample_rate_hz: int,
+        window_samples: int,
+    ) -> None:
+        """Raises `ManifestError` where no views can be made of the table."""
+        self.n_views = n_views
+        self._table, self._augment = table, augment
+        self._sample_rate_hz, self._window_samples = sample_rate_hz, window_samples
+        self._length = len(table.clips)
+        self._drawn: tuple[str | None, pa.Table] | None = None
+        if augment is not None:
+            _check(table, n_views)
+            self._length = len(_rows(_parts(table), n_views)[0])
+
+    def __len__(self) -> int:
+        return self._length
+
+    def drawn(self, known: pa.Table | None = None, *, fingerprint: str | None = None) -> pa.Table:
+        """The rows; those of `known`, the clip table of the bank with that fingerprint, keep their
+        draws."""
+        if self._augment is None:
+            return self._table.clips
+        if self._drawn is None or self._drawn[0] != fingerprint:
+            rows = with_views(
+                self._table,
+                self._augment,
+                n_views=self.n_views,
+                sample_rate_hz=self._sample_rate_hz,
+                window_samples=self._window_samples,
+                known=known,
+            )
+            self._drawn = fingerprint, rows
+        return self._drawn[1]
+
+
+def _rows(parts: Sequence[Part | None], n_views: int) -> tuple[Rows, Rows]:
+    """The clip (its row) and the view of each row that there will be."""
+    counts = np.array([1 if part is None else 1 + n_views for part in parts], np.int64)
+    owners = np.repeat(np.arange(len(parts)), counts)
+    return owners, np.arange(len(owners)) - (np.cumsum(counts) - counts)[owners]
+
+
+def _places(known: pa.Table) -> dict[tuple[str, int], int]:
+    keys = zip(known["clip_id"].to_pylist(), known["view"].to_pylist(), strict=True)
+    return {key: row for row, key in enumerate(keys)}
+
+
+def _clean_draw(augment: AugmentSpec) -> dict[str, pa.Array]:
+    return {
+        name: pa.array([getattr(Draw(), name)], type_)
+        for name, type_ in drawn_columns(augment).items()
+    }
+
+
+def _drawn(
+    table: ClipTable,
+    augment: AugmentSpec,
+    owners: Rows,
+    views: Rows,
+    *,
+    parts: Sequence[Part | None],
+    shifts: range,
+) -> dict[str, pa.Array]:
+    clips = table.clips
+    numbers = {part: number for number, part in enumerate(dict.fromkeys(filter(None, parts)))}
+    pools = Pools(
+        clips["clip_id"].to_pylist(),
+        clips["path"].to_pylist(),
+        [-1 if part is None else numbers[part] for part in parts],
+        clips["duration_s"].to_numpy() > 0,
+    )
+    lonely = owners[pools.n_others[owners] < 1]
+    if augment.mixup is not None and len(lonely):
+        row = int(lonely[0])
+        raise _nothing_to_mix(table, clips["clip_id"][row].as_py(), parts[row])
+    clip_ids = clips["clip_id"].to_pylist()
+    return drawn_values(augment, clip_ids, owners, views, pools=pools, shifts=shifts)
 
 
 def _check(table: ClipTable, n_views: int) -> None:
@@ -105,9 +187,6 @@ def _error(table: ClipTable, column: str | None, message: str) -> ManifestError:
     return ManifestError([Problem(table.source, None, column, message)])
 
 
-Part = tuple[str | None, ...]
-
-
 def _parts(table: ClipTable) -> list[Part | None]:
     """Split and fold of each clip, which its sources share; None where it gets no views."""
     clips = table.clips
@@ -115,7 +194,8 @@ def _parts(table: ClipTable) -> list[Part | None]:
     if not names:
         message = (
             "found neither a split nor a fold column, expected one: views are made of training "
-            "clips, and never of sound that tests"
+            "clips, and never of sound that tests; put train/, valid/ and test/ above the class "
+            "folders, or pass a CLIPS.csv with path and split"
         )
         raise _error(table, None, message)
     rows = zip(*(clips[name].to_pylist() for name in names), strict=True)
@@ -128,26 +208,14 @@ def _parts(table: ClipTable) -> list[Part | None]:
     return parts
 
 
-def _pools(clips: pa.Table, parts: Sequence[Part | None]) -> dict[Part | None, list[str]]:
-    """The clips with audio of each split and fold, sorted: a table's order changes no draw."""
-    pools: defaultdict[Part | None, list[str]] = defaultdict(list)
-    rows = zip(parts, clips["clip_id"].to_pylist(), clips["duration_s"].to_pylist(), strict=True)
-    for part, clip_id, duration_s in rows:
-        if part is not None and duration_s > 0:
-            pools[part].append(clip_id)
-    for pool in pools.values():
-        pool.sort()
-    return pools
-
-
 def _nothing_to_mix(table: ClipTable, clip_id: str, part: Part | None) -> ManifestError:
     names = [name for name in PARTS if name in table.clips.column_names]
     where = " and ".join(f"{n} {v!r}" for n, v in zip(names, part or (), strict=True))
     return _error(
         table,
         names[-1],
-        f"found no clip to mix into {clip_id!r}: it is the only one with audio in {where}; leave "
-        "--augment mixup out, or take more clips",
+        f"found no clip to mix into {clip_id!r}: its recording is the only one with audio in "
+        f"{where}; leave --augment mixup out, or take more recordings",
     )
 
 
@@ -160,86 +228,12 @@ def _shifts(shift: ShiftSpec | None, sample_rate_hz: int, window_samples: int) -
     return range(-most, most + 1)
 
 
-def draw_view(
-    augment: AugmentSpec, clip_id: str, view: int, *, pool: Sequence[str], shifts: range
-) -> Draw:
-    """The draw of one view; `pool` is sorted and may hold the clip, which is never its own source.
-
-    What one augmentation draws does not depend on which others there are.
-    """
-
-    def uniforms(purpose: str, n: int) -> list[float]:
-        return _uniforms([augment.seed, purpose, clip_id, view], n)
-
-    draw = Draw()
-    if augment.mixup is not None:
-        numbers = uniforms("mixup", 2 + 2 * augment.mixup.max_sources)
-        draw = Draw(*_draw_mix(augment.mixup, numbers, pool, clip_id))
-    if augment.shift is not None:
-        [number] = uniforms("shift", 1)
-        draw = replace(draw, shift_samples=shifts[int(number * len(shifts))])
-    if augment.gain is not None:
-        [number] = uniforms("gain", 1)
-        range_db = augment.gain.max_db - augment.gain.min_db
-        draw = replace(draw, gain_db=augment.gain.min_db + number * range_db)
-    return draw
-
-
-def _uniforms(key: Sequence[object], n: int) -> list[float]:
-    """`n` numbers in [0, 1) that follow from `key` alone, whatever NumPy's version."""
-    stream = hashlib.shake_256(canonical_json(list(key))).digest(8 * n)
-    words = (stream[place : place + 8] for place in range(0, 8 * n, 8))
-    return [(int.from_bytes(word, "little") >> 11) * 2.0**-53 for word in words]
-
-
-def _draw_mix(
-    mixup: MixupSpec, numbers: Sequence[float], pool: Sequence[str], clip_id: str
-) -> tuple[tuple[str, ...], tuple[float, ...]]:
-    """1 to `max_sources` different clips with probability `p`, and an SNR for each."""
-    whether, how_many, *rest = numbers
-    if whether >= mixup.p:
-        return (), ()
-    own = bisect_left(pool, clip_id)
-    taken = [own] if own < len(pool) and pool[own] == clip_id else []
-    n_sources = min(1 + int(how_many * mixup.max_sources), len(pool) - len(taken))
-    sources = []
-    for number in rest[:n_sources]:
-        place = int(number * (len(pool) - len(taken)))
-        for other in sorted(taken):
-            place += place >= other
-        taken.append(place)
-        sources.append(pool[place])
-    levels = rest[mixup.max_sources :][:n_sources]
-    range_db = mixup.max_snr_db - mixup.min_snr_db
-    return tuple(sources), tuple(mixup.min_snr_db + level * range_db for level in levels)
-
-
-def _table(
-    clips: pa.Table, views: Sequence[int], draws: Sequence[Draw], augment: AugmentSpec
-) -> pa.Table:
+def _table(clips: pa.Table, views: pa.Array, draws: pa.Table) -> pa.Table:
     """`clips` with their views and draws; the user's own columns stay last."""
     columns = {name: clips[name] for name in (*TABLE_COLUMNS, *PARTS) if name in clips.column_names}
-    columns["view"] = pa.array(views, pa.int16())
-    for name, type_ in drawn_columns(augment).items():
-        columns[name] = pa.array([getattr(draw, name) for draw in draws], type_)
+    columns["view"] = views
+    columns |= {name: draws[name] for name in draws.column_names}
     for name in clips.column_names:
         if name != MIX_SOURCES:
             columns.setdefault(name, clips[name])
     return pa.table(columns)
-
-
-def draws_of(clips: pa.Table) -> list[Draw]:
-    """The draws that the rows of a clip table, or of a bank's clips.parquet, tell."""
-    names = [name for name in DRAWN if name in clips.column_names]
-    if not names:
-        return list(repeat(Draw(), len(clips)))
-    return [Draw(**_values(row)) for row in clips.select(names).to_pylist()]
-
-
-def _values(row: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in row.items()}
-
-
-def _draws_by_key(known: pa.Table) -> dict[tuple[str, int], Draw]:
-    keys = zip(known["clip_id"].to_pylist(), known["view"].to_pylist(), strict=True)
-    return dict(zip(keys, draws_of(known), strict=True))

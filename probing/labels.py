@@ -3,7 +3,8 @@
 The `labels` column holds class names with `;` between them; an empty cell says that a clip has
 none of the classes. A row is keyed by `clip_id`, by `path` (all clips of that recording) or by
 `path,start_s,end_s` (an event: every clip that overlaps it gets its labels). A view has the labels
-of its clip, and of every clip that is mixed into it.
+of its clip, and of every clip that is mixed into it. What the task is, clean clips (view 0) say: a
+mix of several classes is a soft target of a multi-class task.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 
 from patchbank.pipeline.errors import ManifestError, Problem
+from patchbank.probing.splits import is_clean
 from patchbank.probing.tables import TextTable, read_table, require_columns
 
 Task = Literal["auto", "multilabel", "multiclass"]
@@ -34,7 +36,8 @@ class LabelSet:
 
     classes: tuple[str, ...]
     targets: Float[np.ndarray, "clip class"]
-    """float32, 1 where the clip has the class; zero rows where nothing is known."""
+    """float32, 1 where the clip has the class; zero rows where nothing is known. Of a multi-class
+    task each of the k classes of a view has 1 / k."""
     known: Bool[np.ndarray, " clip"]
     multi_label: bool
     n_unlabelled: int = 0
@@ -63,11 +66,13 @@ def read_labels(
     classes: Sequence[str] | None = None,
     task: Task = "auto",
     allow_unlabelled: bool = False,
+    only_clean: bool = False,
 ) -> LabelSet:
     """The labels of every row of `clips`; raises `ManifestError` with all mistakes at once.
 
     Classes come in the order of `classes`, or sorted where it is None. With `task="auto"` the task
-    is multi-class where every labelled clip has exactly one label, else multi-label.
+    is multi-class where every labelled clean clip has exactly one label, else multi-label.
+    `only_clean` leaves views out: nothing is known of them, and nothing is wrong with them.
     """
     table = read_table(path)
     key = _key_of(table)
@@ -89,7 +94,8 @@ def read_labels(
     else:
         _join_keyed(join, known_names, key)
     _add_mixes(join)
-    return _finish(join, task=task, allow_unlabelled=allow_unlabelled)
+    taken = is_clean(clips) if only_clean else np.ones(clips.num_rows, dtype=bool)
+    return _finish(join, taken, task=task, allow_unlabelled=allow_unlabelled)
 
 
 def _key_of(table: TextTable) -> str:
@@ -231,29 +237,39 @@ def _unknown(cell: str, key: str, rows_of: Mapping[str, list[int]]) -> str:
     return f"no clip of the bank has {key} {cell!r}, expected one like {example!r}"
 
 
-def _finish(join: _Join, *, task: Task, allow_unlabelled: bool) -> LabelSet:
-    present = join.clips.column("status").to_numpy() == 1
-    known = join.line > 0
+def _finish(
+    join: _Join, taken: Bool[np.ndarray, " clip"], *, task: Task, allow_unlabelled: bool
+) -> LabelSet:
+    present = (join.clips.column("status").to_numpy() == 1) & taken
+    known = (join.line > 0) & taken
     unlabelled = np.flatnonzero(present & ~known)
     if not allow_unlabelled:
         join.problems.extend(_unlabelled(join, unlabelled))
-    n_labels = join.targets[present & known].sum(axis=1)
-    multi_label = task == "multilabel" or (task == "auto" and bool((n_labels != 1).any()))
+    clean = is_clean(join.clips)
+    n_labels = join.targets.sum(axis=1)
+    # A mix of clips of one class each is no sign that clips have several.
+    is_one = (n_labels == 1) | (~clean & (n_labels > 0))
+    labelled = present & known
+    multi_label = task == "multilabel" or (
+        task == "auto" and not bool(is_one[labelled & clean].all())
+    )
     if not multi_label:
-        join.problems.extend(_not_one(join, np.flatnonzero(present & known)))
+        join.problems.extend(_not_one(join, np.flatnonzero(labelled & ~is_one)))
     if join.problems:
         raise ManifestError(join.problems)
-    return LabelSet(join.classes, join.targets, known, multi_label, len(unlabelled))
+    targets = join.targets
+    if not multi_label:
+        targets[~clean] /= np.maximum(1, n_labels[~clean, None])
+    return LabelSet(join.classes, targets, known, multi_label, len(unlabelled))
 
 
 def _unlabelled(join: _Join, rows: Int[np.ndarray, " row"]) -> Iterator[Problem]:
     asked = set(rows.tolist())
     lacking = {row: name for row, name in join.lacking.items() if row in asked}
     for row, name in lacking.items():
-        clip_id, view = (join.clips.column(key)[row].as_py() for key in ("clip_id", "view"))
         message = (
-            f"view {view} of {clip_id!r} holds the sound of {name!r}, which is not in the bank: "
-            "its labels are not known (pass --allow-unlabelled to leave it out)"
+            f"{_named(join, row)} holds the sound of {name!r}, which is not in the bank: "
+            "its labels are not known (pass --allow-unlabelled to leave it out, or --no-views)"
         )
         yield Problem(join.table.file, None, None, message)
     labelled_elsewhere = np.setdiff1d(rows, list(lacking))
@@ -263,15 +279,23 @@ def _unlabelled(join: _Join, rows: Int[np.ndarray, " row"]) -> Iterator[Problem]
         yield Problem(join.table.file, None, None, message)
 
 
-def _not_one(join: _Join, rows: Int[np.ndarray, " row"]) -> Iterator[Problem]:
+def _named(join: _Join, row: int) -> str:
+    """How messages name a row: its clip, or which view of it."""
+    clip_id, view = (join.clips.column(key)[row].as_py() for key in ("clip_id", "view"))
+    return f"view {view} of {clip_id!r}" if view else f"clip {clip_id!r}"
+
+
+def _not_one(join: _Join, wrong: Int[np.ndarray, " row"]) -> Iterator[Problem]:
     """Problems of rows that a multi-class task cannot have, one a clip."""
     if len(join.classes) < 2:
         message = f"found 1 class ({join.classes[0]}), expected at least 2 for a multi-class task"
         yield Problem(join.table.file, None, "labels", message)
-    wrong = rows[join.targets[rows].sum(axis=1) != 1]
     ids = join.clips.column("clip_id").take(wrong).to_pylist()
-    for clip_id, row in dict(zip(ids, wrong, strict=True)).items():
+    first: dict[str, int] = {}
+    for clip_id, row in zip(ids, wrong.tolist(), strict=True):
+        first.setdefault(clip_id, row)
+    for row in first.values():
         names = [name for name, on in zip(join.classes, join.targets[row], strict=True) if on]
         found = f"{len(names)} labels ({';'.join(names)})" if names else "no label"
-        message = f"clip {clip_id!r} has {found}, expected one (or pass --task multilabel)"
+        message = f"{_named(join, row)} has {found}, expected one (or pass --task multilabel)"
         yield Problem(join.table.file, int(join.line[row]), "labels", message)

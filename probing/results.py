@@ -103,11 +103,16 @@ def _caption(results: Mapping[str, Any]) -> str:
     parts = [f"{test['n_clips']} test clips, {test['n_seeds']} seeds, ± over {results['std_over']}"]
     if results["n_failed_clips"]:
         parts.append(f"{results['n_failed_clips']} failed clips left out")
+    if results["n_failed_views"]:
+        parts.append(f"{results['n_failed_views']} failed views left out")
     if results["n_unlabelled_clips"]:
         parts.append(f"{results['n_unlabelled_clips']} unlabelled clips left out")
     n_unused = max(fold["unused"] for fold in results["folds"])
     if n_unused:
-        parts.append(f"{n_unused} labelled rows in no split")
+        parts.append(f"{n_unused} labelled clips in no split")
+    most = max(results["folds"], key=lambda fold: int(fold["views_left_out"]))
+    if most["views_left_out"]:
+        parts.append(f"{most['views_left_out']} of {most['views']} views left out of training")
     parts += _left_out_notes(results)
     return "; ".join(parts)
 

@@ -21,11 +21,12 @@ from patchbank.probing.evaluation import Fold, left_out_rows, resamples_of, scor
 from patchbank.probing.labels import LabelSet, Task, read_labels
 from patchbank.probing.metrics import primary_metric
 from patchbank.probing.passes import OnProgress
+from patchbank.probing.plan import Rows
 from patchbank.probing.probes.base import n_parameters
 from patchbank.probing.protocol import Outcome, train
 from patchbank.probing.results import environment, write_predictions
 from patchbank.probing.settings import TrainSettings
-from patchbank.probing.splits import read_splits
+from patchbank.probing.splits import Split, is_clean, read_splits
 from patchbank.probing.tiers import Tier
 
 FORMAT = 1
@@ -74,6 +75,7 @@ def run_training(
     classes: Sequence[str] | None = None,
     task: Task = "auto",
     allow_unlabelled: bool = False,
+    use_views: bool = True,
     tier: Tier = "auto",
     source: Callable[[int], TokenSource] | None = None,
     progress: OnProgress | None = None,
@@ -83,16 +85,25 @@ def run_training(
 
     Leaves in `out` one folder a probe and results.json, which is written last: where it exists,
     the run is complete. `source` gives the tokens of a layer; None reads the bank itself, from
-    `tier`, and tells `say` which one that is. Raises `ManifestError` for wrong tables,
-    `TrialError`.
+    `tier`, and tells `say` which one that is. `use_views=False` trains on clean clips alone; views
+    that would carry a validation or test clip into training are left out anyway, and `say` is told
+    how many. Raises `ManifestError` for wrong tables, `TrialError`.
     """
     settings = settings or TrainSettings()
     layer = _checked_layer(bank, layer)
     _check_writable(out)
     labels = read_labels(
-        labels_path, bank.clips, classes=classes, task=task, allow_unlabelled=allow_unlabelled
+        labels_path,
+        bank.clips,
+        classes=classes,
+        task=task,
+        allow_unlabelled=allow_unlabelled,
+        only_clean=not use_views,
     )
     splits = read_splits(bank.clips, usable=labels.known, splits_path=splits_path, folds=folds)
+    if say is not None:
+        for line in filter(None, map(views_left_out, splits)):
+            say(line)
     if source is not None:
         tokens = source(layer)
     else:
@@ -101,7 +112,7 @@ def run_training(
             layer,
             tier=tier,
             device=settings.torch_device,
-            rows=np.flatnonzero(labels.known),
+            rows=_rows_of(splits),
         )
         if say is not None:
             say(f"tokens from {tokens.choice}")
@@ -118,6 +129,23 @@ def run_training(
         )
         trained.append(Fold(split, outcomes))
     return _write(_Run(bank, layer, tokens, labels, tuple(trained), settings), out)
+
+
+def views_left_out(split: Split) -> str | None:
+    """How many views a split leaves out of training, and why; None where it takes all."""
+    if not split.n_views_left_out:
+        return None
+    where = "" if split.name == "split" else f"{split.name}: "
+    return (
+        f"{where}{split.n_views_left_out} of {split.n_views} views are left out: what is mixed "
+        "into them lies in another split"
+    )
+
+
+def _rows_of(splits: Sequence[Split]) -> Rows:
+    """All rows that training or judging will read."""
+    parts = [part for split in splits for part in (split.train, split.valid, split.test)]
+    return np.unique(np.concatenate(parts))
 
 
 def _check_writable(out: Path) -> None:
@@ -198,6 +226,7 @@ def _artefact(run: _Run, index: int) -> ProbeArtefact:
 def _results(run: _Run) -> dict[str, Any]:
     labels, folds, settings = run.labels, run.folds, run.settings
     status = run.bank.clips.column("status").to_numpy()
+    clean = is_clean(run.bank.clips)
     return {
         "format": FORMAT,
         "bank": run.bank.fingerprint,
@@ -217,9 +246,13 @@ def _results(run: _Run) -> dict[str, Any]:
             folds, labels.targets, labels.classes, multi_label=labels.multi_label
         ),
         "n_resamples": resamples_of(folds[0].outcomes[0].test_scores, settings.n_resamples),
-        "n_failed_clips": int((status == 2).sum()),
+        "n_failed_clips": int(((status == 2) & clean).sum()),
+        "n_failed_views": int(((status == 2) & ~clean).sum()),
         "n_unlabelled_clips": labels.n_unlabelled,
-        "folds": [_fold_sizes(fold, int((labels.known & (status == 1)).sum())) for fold in folds],
+        "folds": [
+            _fold_sizes(fold.split, np.flatnonzero(labels.known & (status == 1) & clean))
+            for fold in folds
+        ],
         "classes": list(labels.classes),
         "probes": dict(_probe_facts(run, index) for index in range(len(folds[0].outcomes))),
         "settings": asdict(settings),
@@ -227,11 +260,17 @@ def _results(run: _Run) -> dict[str, Any]:
     }
 
 
-def _fold_sizes(fold: Fold, n_usable: int) -> dict[str, Any]:
-    """Rows in each part, and usable rows that are in none."""
-    split = fold.split
-    sizes = {"train": len(split.train), "valid": len(split.valid), "test": len(split.test)}
-    return {"name": split.name, **sizes, "unused": n_usable - sum(sizes.values())}
+def _fold_sizes(split: Split, usable: Rows) -> dict[str, Any]:
+    """Rows in each part, usable clean clips that are in none, and what became of the views."""
+    return {
+        "name": split.name,
+        "train": len(split.train),
+        "valid": len(split.valid),
+        "test": len(split.test),
+        "unused": len(np.setdiff1d(usable, _rows_of([split]))),
+        "views": split.n_views,
+        "views_left_out": split.n_views_left_out,
+    }
 
 
 def _probe_facts(run: _Run, index: int) -> tuple[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Bool, Int, Shaped
 
 from patchbank.pipeline.errors import ManifestError, Problem, TrialError
@@ -29,6 +30,11 @@ class Split:
     train: Int[np.ndarray, " train"]
     valid: Int[np.ndarray, " valid"]
     test: Int[np.ndarray, " test"]
+    n_views: int = 0
+    """Usable views by the split's names, those that are left out included."""
+    n_views_left_out: int = 0
+    """Views that do not train: sound of a clip that is not known to be outside `valid` and `test`
+    is in them."""
 
 
 def read_splits(
@@ -40,8 +46,10 @@ def read_splits(
 ) -> tuple[Split, ...]:
     """One split from `splits_path` or the bank's `split` column, or one for each fold.
 
-    Only rows with tokens (status 1) that are `usable` (labelled) take part. Raises `ManifestError`
-    for a wrong table and `TrialError` where there is no split or one of its parts is empty.
+    Only rows with tokens (status 1) that are `usable` (labelled) take part. A view trains where its
+    own clip and all that is mixed into it are in the bank, and none of them selects or tests; other
+    views are left out and counted. Raises `ManifestError` for a wrong table and `TrialError` where
+    there is no split or one of its parts is empty.
     """
     if splits_path is not None and folds is not None:
         raise TrialError("found both --splits and --folds, expected one of them")
@@ -152,31 +160,45 @@ def _split(
             f"found split {', '.join(map(repr, unknown))} in the bank, expected train, valid or "
             "test; pass --splits SPLITS.csv"
         )
-    clean = clips.column("view").to_numpy() == 0
-    _check_no_leak(name, parts, clips, usable)
-    train = np.flatnonzero((parts == "train") & usable)
-    valid = np.flatnonzero((parts == "valid") & usable & clean)
-    test = np.flatnonzero((parts == "test") & usable & clean)
-    return Split(name, train, valid, test)
+    clean = is_clean(clips)
+    trains = (parts == "train") & usable
+    views = np.flatnonzero(trains & ~clean)
+    crossing = _crossing(views, parts, clips)
+    return Split(
+        name,
+        np.setdiff1d(np.flatnonzero(trains), crossing),
+        np.flatnonzero((parts == "valid") & usable & clean),
+        np.flatnonzero((parts == "test") & usable & clean),
+        n_views=len(views),
+        n_views_left_out=len(crossing),
+    )
 
 
-def _check_no_leak(
-    name: str, parts: Names, clips: pa.Table, usable: Bool[np.ndarray, " clip"]
-) -> None:
-    """Refuses a view that trains and holds the sound of a clip that does not."""
-    views, ids = clips.column("view").to_pylist(), clips.column("clip_id").to_pylist()
-    rows = [row for row, view in enumerate(views) if view and usable[row]]
-    part_of = {ids[row]: parts[row] for row, view in enumerate(views) if view == 0}
-    has_mixes = "mix_sources" in clips.column_names
-    for row in (row for row in rows if parts[row] == "train"):
-        mixed = clips.column("mix_sources")[row].as_py() if has_mixes else None
-        for source in (ids[row], *(mixed or ())):
-            if part_of.get(source, "train") in ("valid", "test"):
-                raise TrialError(
-                    f"by {name}, view {views[row]} of {ids[row]} trains and holds the sound of "
-                    f"{source}, which is in {part_of[source]}; mix views within a split, or leave "
-                    "them out: patchbank bank convert --clips"
-                )
+def is_clean(clips: pa.Table) -> Bool[np.ndarray, " clip"]:
+    """Which rows of a bank are view 0 of their clip; holes are not."""
+    found: Bool[np.ndarray, " clip"] = pc.fill_null(pc.equal(clips["view"], 0), False).to_numpy()
+    return found
+
+
+def _crossing(
+    views: Int[np.ndarray, " view"], parts: Names, clips: pa.Table
+) -> Int[np.ndarray, " crossing"]:
+    """Those of `views` that hold sound of a clip that selects or tests, or that is not there."""
+    if not len(views):
+        return views
+    ids = clips.column("clip_id").to_pylist()
+    part_of = {ids[row]: parts[row] for row in np.flatnonzero(is_clean(clips))}
+    mixes: list[list[str] | None] = [None] * len(views)
+    if "mix_sources" in clips.column_names:
+        mixes = clips.column("mix_sources").take(pa.array(views)).to_pylist()
+    # What is not in the bank may be anything: a test clip of the table that the bank is a part of.
+    harmless = {clip_id for clip_id, part in part_of.items() if part not in ("valid", "test")}
+    crosses = [
+        not harmless.issuperset((ids[row], *(mixed or ())))
+        for row, mixed in zip(views, mixes, strict=True)
+    ]
+    crossing: Int[np.ndarray, " crossing"] = views[np.array(crosses, dtype=bool)]
+    return crossing
 
 
 def _check_filled(split: Split, origin: str) -> None:

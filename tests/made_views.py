@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import soundfile
 from fake_bank import N_CLIPS, SETTINGS
 
-from patchbank.pipeline.bank import Bank
 from patchbank.pipeline.specs import AugmentSpec, GainSpec, MixupSpec, ShiftSpec
 
 EVERYTHING = AugmentSpec(MixupSpec(), ShiftSpec(), GainSpec())
@@ -18,8 +18,9 @@ MADE = replace(SETTINGS, n_views=2, augment=EVERYTHING, stored_dtype="float32")
 N_ROWS = N_CLIPS + 2 * N_CLIPS // 2
 
 
-def by_key(bank: Bank) -> dict[tuple[str, int], dict[str, Any]]:
-    return {(row["clip_id"], row["view"]): row for row in bank.clips.to_pylist() if row["clip_id"]}
+def by_key(clips: pa.Table) -> dict[tuple[str, int], dict[str, Any]]:
+    """The rows of a clip table, or of a bank's clips without its holes."""
+    return {(row["clip_id"], row["view"]): row for row in clips.to_pylist() if row["clip_id"]}
 
 
 def waveform_of(row: dict[str, Any], rows: dict[tuple[str, int], Any], audio: Path) -> np.ndarray:

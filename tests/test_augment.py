@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from made_views import EVERYTHING, MADE, N_ROWS, by_key
 
+from patchbank.cli.augment import parse_augment
+from patchbank.pipeline.bank import Bank
 from patchbank.pipeline.encoders import load_encoder
 from patchbank.pipeline.errors import ManifestError, PatchbankError
-from patchbank.pipeline.extraction import ExtractionSettings
+from patchbank.pipeline.extraction import ExtractionSettings, extract, prepare
 from patchbank.pipeline.manifest import ClipTable
 from patchbank.pipeline.specs import (
     AugmentSpec,
@@ -27,8 +31,33 @@ from patchbank.pipeline.specs import (
 from patchbank.pipeline.views import with_views
 
 MIXUP = AugmentSpec(MixupSpec())
-EVERYTHING = AugmentSpec(MixupSpec(), ShiftSpec(), GainSpec())
 RATE_HZ, WINDOW_SAMPLES = 16_000, 16_000
+PINNED: dict[tuple[str, int], tuple[Any, ...]] = {
+    ("c0000", 1): (
+        ["c0018", "c0058"],
+        [10.367852975816312, 12.38121126559508],
+        11136,
+        3.497380443139946,
+    ),
+    ("c0007", 3): (
+        ["c0016", "c0039", "c0010"],
+        [25.491540279369776, 4.667501553924763, 6.271560464802477],
+        989,
+        -5.271328912141716,
+    ),
+    ("c0041", 2): (
+        ["c0008", "c0031"],
+        [8.905400561805745, 5.787657079716857],
+        5473,
+        -1.8464639922153427,
+    ),
+    ("c0059", 1): (
+        ["c0014", "c0006"],
+        [9.610311508632616, 8.929353684926113],
+        11049,
+        -0.40188190061152174,
+    ),
+}
 
 
 def clip_table(n_clips: int, **columns: list[Any]) -> ClipTable:
@@ -54,10 +83,6 @@ def drawn(
         window_samples=WINDOW_SAMPLES,
         known=known,
     )
-
-
-def by_key(clips: pa.Table) -> dict[tuple[str, int], dict[str, Any]]:
-    return {(row["clip_id"], row["view"]): row for row in clips.to_pylist()}
 
 
 def views_of(clips: pa.Table) -> list[dict[str, Any]]:
@@ -196,6 +221,43 @@ def test_a_clip_without_audio_is_mixed_into_none() -> None:
     assert max(len(row["mix_sources"]) for row in rows if row["clip_id"] != "c0001") == 2
 
 
+def test_windows_of_a_recording_are_never_mixed_into_each_other() -> None:
+    paths = [f"r{number % 7}.wav" for number in range(40)]
+    clips = drawn(clip_table(40, split=["train"] * 40, path=paths), MIXUP, n_views=50)
+    path_of = {row["clip_id"]: row["path"] for row in clips.to_pylist()}
+    used = Counter()
+    for row in views_of(clips):
+        sources = [path_of[name] for name in row["mix_sources"]]
+        assert row["path"] not in sources
+        assert len(set(row["mix_sources"])) == len(sources)
+        used.update((row["path"], name) for name in row["mix_sources"])
+    # Every clip of another recording is as likely a source as any other.
+    for path in set(paths):
+        counts = [used[path, name] for name, other in path_of.items() if other != path]
+        mean = np.mean(counts)
+        assert np.abs(np.array(counts) - mean).max() < 6 * np.sqrt(mean)
+
+
+def test_sources_of_a_recording_are_those_of_a_table_without_its_other_windows() -> None:
+    paths = ["b.wav", "a.wav", "b.wav", "c.wav", "d.wav", "b.wav", "e.wav", "a.wav"]
+    table = clip_table(8, split=["train"] * 8, path=paths)
+    found = by_key(drawn(table, MIXUP, n_views=9))
+    for path in set(paths):
+        own = [row for row, other in enumerate(paths) if other == path]
+        for row in own:
+            kept = [other for other in range(8) if other == row or other not in own]
+            alone = by_key(drawn(replace(table, clips=table.clips.take(kept)), MIXUP, n_views=9))
+            for view in range(1, 10):
+                key = (f"c{row:04d}", view)
+                assert found[key] == alone[key]
+
+
+def test_draws_are_what_they_always_were() -> None:
+    rows = by_key(drawn(clip_table(60, split=["train"] * 60), EVERYTHING, n_views=3))
+    columns = ("mix_sources", "mix_snr_db", "shift_samples", "gain_db")
+    assert [tuple(rows[key][name] for name in columns) for key in PINNED] == list(PINNED.values())
+
+
 def test_known_rows_keep_their_draws_and_new_ones_draw_from_all() -> None:
     small, large = (clip_table(n, split=["train"] * n) for n in (10, 60))
     known = drawn(small, EVERYTHING)
@@ -214,7 +276,12 @@ def test_known_rows_keep_their_draws_and_new_ones_draw_from_all() -> None:
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        pytest.param(clip_table(3), "found neither a split nor a fold column", id="no split"),
+        pytest.param(
+            clip_table(3),
+            "found neither a split nor a fold column, .* put train/, valid/ and test/ above the "
+            "class folders, or pass a CLIPS.csv with path and split",
+            id="no split",
+        ),
         pytest.param(
             clip_table(3, split=["test"] * 3),
             "split: found no clip of split 'train'",
@@ -225,9 +292,14 @@ def test_known_rows_keep_their_draws_and_new_ones_draw_from_all() -> None:
         ),
         pytest.param(
             clip_table(2, split=["train", "test"]),
-            "found no clip to mix into 'c0000': it is the only one with audio in split 'train'; "
-            "leave --augment mixup out",
+            "found no clip to mix into 'c0000': its recording is the only one with audio in split "
+            "'train'; leave --augment mixup out",
             id="a single clip",
+        ),
+        pytest.param(
+            clip_table(3, split=["train"] * 3, path=["long.wav"] * 3),
+            "found no clip to mix into 'c0000': its recording is the only one with audio",
+            id="a single recording",
         ),
         pytest.param(
             clip_table(3, split=["train"] * 3, fold=["1", "1", "2"]),
@@ -249,6 +321,11 @@ def test_known_rows_keep_their_draws_and_new_ones_draw_from_all() -> None:
 def test_a_table_that_no_views_can_be_made_of_is_refused(table: ClipTable, words: str) -> None:
     with pytest.raises(ManifestError, match=words):
         drawn(table, MIXUP)
+
+
+def test_clips_without_audio_can_be_shifted() -> None:
+    table = clip_table(2, split=["train"] * 2, duration_s=[0.0] * 2)
+    assert len(drawn(table, AugmentSpec(shift=ShiftSpec()), n_views=5)) == 12
 
 
 def test_a_single_clip_can_be_shifted() -> None:
@@ -282,6 +359,52 @@ def test_a_single_clip_can_be_shifted() -> None:
 def test_settings_that_make_no_views_are_refused(make: Any, words: str) -> None:
     with pytest.raises(PatchbankError, match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    "augment",
+    [
+        MIXUP,
+        replace(EVERYTHING, seed=7),
+        AugmentSpec(MixupSpec(0.5, -1.5, 1e-05, 2), ShiftSpec(0.25), GainSpec(-3, 1)),
+    ],
+)
+def test_an_augmentation_says_what_to_type_for_it(augment: AugmentSpec) -> None:
+    words = iter(augment.options.split())
+    typed = list(zip(words, words, strict=True))
+    texts = [value for name, value in typed if name == "--augment"]
+    seeds = [int(value) for name, value in typed if name == "--augment-seed"]
+    assert parse_augment(texts, n_views=1, seed=next(iter(seeds), None)) == augment
+
+
+def test_views_are_drawn_once_for_the_bank_that_is_there(
+    made: Bank, clip_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every number that is drawn costs a hash: one for each view and augmentation."""
+    folder = Path(shutil.copytree(clip_table.parent, tmp_path / "set"))
+    shutil.copy(folder / "audio/0000.wav", folder / "new.wav")
+    with (folder / "clips.csv").open("a") as file:
+        file.write("new.wav,train\n")
+    n_drawn = 0
+    real = hashlib.shake_256
+
+    def counted(data: bytes) -> Any:
+        nonlocal n_drawn
+        n_drawn += 1
+        return real(data)
+
+    monkeypatch.setattr(hashlib, "shake_256", counted)
+    path = Path(shutil.copytree(made.path, tmp_path / "x.bank"))
+    table = folder / "clips.csv"
+    bank = extract(table, encoder="fake", out=path, settings=MADE)
+    assert bank.n_clips == N_ROWS + 3
+    assert n_drawn == 2 * 3
+    n_drawn = 0
+    again = prepare(table, encoder="fake", out=path, settings=MADE)
+    assert again.plan.missing_shards == ()
+    assert n_drawn == 0
+    extract(clip_table, encoder="fake", out=tmp_path / "y.bank", settings=MADE)
+    assert n_drawn == 20 * 2 * 3
 
 
 def test_banks_without_views_keep_the_recipe_that_they_had() -> None:

@@ -43,14 +43,14 @@ def test_a_bank_grows_and_keeps_the_draws_of_its_rows(
     made: Bank, clip_table: Path, tmp_path: Path
 ) -> None:
     path = Path(shutil.copytree(made.path, tmp_path / "x.bank"))
-    before = by_key(made)
+    before = by_key(made.clips)
     shards = {p: p.stat().st_mtime_ns for p in path.glob("layers/*/p*/c.*")}
     table = longer(clip_table, tmp_path)
     steps: list[Progress] = []
     bank = extract(table, encoder="fake", out=path, settings=MADE, progress=steps.append)
     assert steps[-1] == Progress(27, 27, 0)
     assert {p: p.stat().st_mtime_ns for p in shards} == shards
-    after = by_key(bank)
+    after = by_key(bank.clips)
     assert {key: after[key] for key in before} == before
     fresh = [row for key, row in after.items() if key not in before]
     assert len(fresh) == 27
@@ -97,8 +97,8 @@ def test_more_views_are_a_growth_and_fewer_are_refused(
     assert steps[-1] == Progress(20, 20, 0)
     at_once = extract(clip_table, encoder="fake", out=tmp_path / "o.bank", settings=more)
     columns = ["mix_sources", "mix_snr_db", "mix_gains", "shift_samples", "gain_db"]
-    expected = by_key(at_once)
-    for key, row in by_key(bank).items():
+    expected = by_key(at_once.clips)
+    for key, row in by_key(bank.clips).items():
         assert [row[name] for name in columns] == [expected[key][name] for name in columns]
     with pytest.raises(
         BankMismatch, match=r"more views .* say --views 3(?s:.*)views: found 3, exp"
@@ -120,7 +120,16 @@ def test_more_views_are_a_growth_and_fewer_are_refused(
             id="p",
         ),
         pytest.param(
-            replace(MADE, n_views=0, augment=None), "augment: found {.*}, expected None", id="none"
+            replace(MADE, n_views=0, augment=None),
+            "; its views are those of --views 2 --augment mixup --augment shift --augment gain, or "
+            "choose another --out\n  augment: found '--augment mixup .*', expected None$",
+            id="none",
+        ),
+        pytest.param(
+            replace(MADE, augment=AugmentSpec(shift=ShiftSpec(0.5), seed=3)),
+            "augment: found '--augment mixup --augment shift --augment gain', expected '--augment "
+            "shift:max_s=0.5 --augment-seed 3'$",
+            id="others",
         ),
     ],
 )
@@ -128,9 +137,22 @@ def test_other_views_are_another_recipe(
     settings: Any, words: str, made: Bank, clip_table: Path
 ) -> None:
     with pytest.raises(
-        BankMismatch, match=f"holds other tokens than this command makes(?s:.*){words}"
+        BankMismatch, match=f"holds other tokens than this command makes(?s:.*?){words}"
     ):
         extract(clip_table, encoder="fake", out=made.path, settings=settings)
+
+
+def test_what_to_type_is_said_of_unfinished_banks_and_of_those_without_views(
+    made: Bank, sealed: Bank, clip_table: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(made.path, tmp_path / "x.bank"))
+    (path / "seal.json").unlink()
+    other = replace(MADE, augment=AugmentSpec(MixupSpec()))
+    with pytest.raises(BankMismatch, match="are those of --views N --augment mixup --augment sh"):
+        extract(clip_table, encoder="fake", out=path, settings=other)
+    plain = replace(MADE, stored_dtype="float16")
+    with pytest.raises(BankMismatch, match="it makes no views: leave --views and --augment out"):
+        extract(clip_table, encoder="fake", out=sealed.path, settings=plain)
 
 
 def test_banks_with_views_merge_and_convert(made: Bank, tmp_path: Path) -> None:
@@ -139,7 +161,7 @@ def test_banks_with_views_merge_and_convert(made: Bank, tmp_path: Path) -> None:
     named = [lines[0] + ",clip_id", *(f"{line},o{n}" for n, line in enumerate(lines[1:]))]
     other_table.write_text("\n".join(named) + "\n")
     other = extract(other_table, encoder="fake", out=tmp_path / "o.bank", settings=MADE)
-    expected = by_key(made) | by_key(other)
+    expected = by_key(made.clips) | by_key(other.clips)
     linked = join_banks([made, other], tmp_path / "l.bank")
     copied = rebuild_bank([made, other], tmp_path / "c.bank")
     archive = rebuild_bank([copied], tmp_path / "a.bank", storage="blosc")
@@ -148,7 +170,7 @@ def test_banks_with_views_merge_and_convert(made: Bank, tmp_path: Path) -> None:
     for bank in (linked, copied, archive, narrow):
         assert verify_bank(bank.path) == ()
         assert bank.card["augment"] == EVERYTHING.identity()
-        found = by_key(bank)
+        found = by_key(bank.clips)
         assert found.keys() == expected.keys()
         for key, row in found.items():
             assert [row[name] for name in columns] == [expected[key][name] for name in columns]
@@ -162,7 +184,8 @@ def test_a_bank_without_views_is_not_merged_with_one(
     bank = extract(clip_table, encoder="fake", out=tmp_path / "p.bank", settings=plain)
     with pytest.raises(BankMismatch, match="only banks of one recipe can be merged") as error:
         join_banks([made, bank], tmp_path / "m.bank")
-    assert list(error.value.differences) == ["augment"]
+    options = "--augment mixup --augment shift --augment gain"
+    assert error.value.differences == {"augment": (None, options)}
 
 
 def test_the_training_part_of_a_bank_keeps_its_views(
@@ -222,6 +245,10 @@ def test_a_bank_whose_view_columns_are_others_is_refused(
         pytest.param({"seed": 0, "mixup": {"p": 7}}, id="a probability"),
         pytest.param({"seed": 0, "mixup": {"q": 1}}, id="an unknown parameter"),
         pytest.param({"seed": 0, "noise": {}}, id="an unknown augmentation"),
+        pytest.param({"seed": 0, "gain": {"min_db": -6.0}}, id="a default that is not written"),
+        pytest.param({"seed": 0, "gain": {"min_db": -6, "max_db": 6.0}}, id="an int for a float"),
+        pytest.param({"gain": {"min_db": -6.0, "max_db": 6.0}}, id="no seed"),
+        pytest.param({"seed": 0, "gain": GainSpec().__dict__, "shift": None}, id="a null"),
     ],
 )
 def test_a_card_whose_views_make_no_sense_is_refused(

@@ -270,9 +270,9 @@ def test_show_tells_that_a_bank_is_growing(
 def test_a_growth_into_too_many_files_is_refused_with_a_way_out(
     sealed: Bank, longer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from patchbank.pipeline import preparation
+    from patchbank.pipeline import fitting
 
-    monkeypatch.setattr(preparation, "MAX_FILES", 12)
+    monkeypatch.setattr(fitting, "MAX_FILES", 12)
     with pytest.raises(BankError, match=r"would grow to 16 files; .* bank merge --compact"):
         prepare(longer, encoder="fake", out=sealed.path, settings=SETTINGS)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -274,3 +275,50 @@ def test_a_view_whose_sound_is_not_all_in_the_bank_has_no_known_labels(tmp_path:
         read_labels(path, clips)
     labels = read_labels(path, clips, allow_unlabelled=True)
     assert labels.known.tolist() == [True, False]
+
+
+def mixed_clips() -> pa.Table:
+    """Three clips and two views, of which the second holds all three."""
+    return clip_table(
+        5,
+        clip_id=["a", "b", "c", "a", "a"],
+        view=[0, 0, 0, 1, 2],
+        mix_sources=[[], [], [], [], ["b", "c"]],
+    )
+
+
+@pytest.mark.parametrize("task", ["auto", "multiclass"])
+def test_mixes_of_several_classes_leave_a_task_multiclass(
+    task: Literal["auto", "multiclass"], tmp_path: Path
+) -> None:
+    path = write(tmp_path, "clip_id,labels\na,cat\nb,dog\nc,dog\n")
+    labels = read_labels(path, mixed_clips(), task=task)
+    assert not labels.multi_label
+    assert labels.targets.tolist() == [[1, 0], [0, 1], [0, 1], [1, 0], [0.5, 0.5]]
+    assert labels.targets.dtype == np.float32
+    wide = read_labels(path, mixed_clips(), task="multilabel")
+    assert wide.targets.tolist()[4] == [1, 1]
+
+
+def test_clean_clips_with_several_labels_make_a_task_multilabel(tmp_path: Path) -> None:
+    path = write(tmp_path, "clip_id,labels\na,cat;owl\nb,dog\nc,dog\n")
+    labels = read_labels(path, mixed_clips())
+    assert labels.multi_label
+    assert labels.targets.tolist()[4] == [1, 1, 1]
+    with pytest.raises(ManifestError, match=r": clip 'a' has 2 labels \(cat;owl\), expected one"):
+        read_labels(path, mixed_clips(), task="multiclass")
+
+
+def test_a_view_without_any_label_is_named_with_its_number(tmp_path: Path) -> None:
+    clips = clip_table(3, clip_id=["a", "b", "a"], view=[0, 0, 3], status=[2, 1, 1])
+    path = write(tmp_path, "clip_id,labels\na,\nb,dog\n")
+    with pytest.raises(ManifestError, match="view 3 of 'a' has no label, expected one"):
+        read_labels(path, clips, classes=["dog", "cat"], task="multiclass")
+
+
+def test_only_clean_clips_are_labelled_on_request(tmp_path: Path) -> None:
+    clips = clip_table(3, clip_id=["a", "b", "a"], view=[0, 0, 1], mix_sources=[[], [], ["gone"]])
+    path = write(tmp_path, "clip_id,labels\na,dog\nb,cat\n")
+    labels = read_labels(path, clips, only_clean=True)
+    assert labels.known.tolist() == [True, True, False]
+    assert labels.n_unlabelled == 0

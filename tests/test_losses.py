@@ -60,6 +60,13 @@ def test_cross_entropy_is_torchs() -> None:
     torch.testing.assert_close(cross_entropy(logits, targets), expected)
 
 
+def test_cross_entropy_takes_soft_targets_as_torch_does() -> None:
+    logits, _ = example()
+    targets = torch.tensor([[0.5, 0.5, 0, 0], [1, 0, 0, 0], [0, 1 / 3, 1 / 3, 1 / 3]]).double()
+    expected = torch.stack([F.cross_entropy(trial, targets) for trial in logits[:, :3]])
+    torch.testing.assert_close(cross_entropy(logits[:, :3], targets), expected)
+
+
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_a_trials_gradient_does_not_depend_on_the_others(loss: Loss) -> None:
     logits, targets = example()

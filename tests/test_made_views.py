@@ -52,7 +52,7 @@ def test_a_bank_says_all_that_its_tokens_are_made_of(
     bank = extract(clip_table, encoder="fake", out=tmp_path / "x.bank", settings=MADE)
     heard = {hashlib.sha256(one.tobytes()).hexdigest() for one in seen}
     monkeypatch.undo()
-    rows = by_key(bank)
+    rows = by_key(bank.clips)
     assert len(rows) == bank.n_clips == N_ROWS
     waveforms = np.stack([waveform_of(row, rows, clip_table.parent) for row in rows.values()])
     for waveform in waveforms:
@@ -68,7 +68,7 @@ def test_a_bank_says_all_that_its_tokens_are_made_of(
 
 
 def test_gains_and_digests_of_views_follow_from_other_rows(made: Bank, clip_table: Path) -> None:
-    rows = by_key(made)
+    rows = by_key(made.clips)
     for row in rows.values():
         power = {
             name: np.mean(np.square(soundfile.read(clip_table.parent / rows[name, 0]["path"])[0]))
@@ -180,7 +180,7 @@ def test_a_source_that_cannot_be_decoded_fails_its_views_and_is_named(
     bank = extract(folder / "clips.csv", encoder="fake", out=tmp_path / "x.bank", settings=MADE)
     reason = "16000 of 16000 samples are NaN or infinite"
     n_mixed = 0
-    for row in by_key(bank).values():
+    for row in by_key(bank.clips).values():
         has_it = "audio/0005.wav" in row["mix_sources"]
         is_it = row["clip_id"] == "audio/0005.wav"
         n_mixed += has_it
@@ -212,29 +212,32 @@ def test_masked_padding_counts_the_audio_of_a_view(tmp_path: Path) -> None:
 
 
 def test_windows_of_a_recording_are_mixed_where_they_lie(tmp_path: Path) -> None:
-    write_tone(tmp_path / "long.wav", hertz=300.0, duration_s=4.0)
-    (tmp_path / "clips.csv").write_text("path,split\nlong.wav,train\n")
+    for index in range(2):
+        write_tone(tmp_path / f"long{index}.wav", hertz=300.0 + index, duration_s=4.0, seed=index)
+    (tmp_path / "clips.csv").write_text("path,split\nlong0.wav,train\nlong1.wav,train\n")
     settings = replace(SETTINGS, n_views=1, augment=AugmentSpec(MixupSpec(p=1.0, max_sources=1)))
     bank = extract(
         tmp_path / "clips.csv", encoder="fake", out=tmp_path / "x.bank", settings=settings
     )
-    rows = by_key(bank)
-    assert len(rows) == 8
+    rows = by_key(bank.clips)
+    assert len(rows) == 16
     for (clip_id, view), row in rows.items():
         if view:
-            powers = [
-                float(np.mean(np.square(decode(tmp_path, rows[name, 0]["start_s"]), dtype="f8")))
-                for name in (clip_id, *row["mix_sources"])
-            ]
+            parts = [rows[name, 0] for name in (clip_id, *row["mix_sources"])]
+            assert len({part["path"] for part in parts}) == 2
+            powers = [float(np.mean(np.square(decode(tmp_path, p), dtype="f8"))) for p in parts]
             snr_db = row["mix_snr_db"][0]
             gain = np.sqrt(powers[0] / powers[1]) * 10 ** (-snr_db / 20)
             assert row["mix_gains"][0] == pytest.approx(gain, rel=1e-12)
 
 
-def decode(folder: Path, start_s: float) -> np.ndarray:
-    window = WindowSpec(1.0, 1.0)
-    path = folder / "long.wav"
-    return decode_clip(path, start_s=start_s, window=window, sample_rate_hz=16_000).waveform
+def decode(folder: Path, row: dict[str, Any]) -> np.ndarray:
+    return decode_clip(
+        folder / row["path"],
+        start_s=row["start_s"],
+        window=WindowSpec(1.0, 1.0),
+        sample_rate_hz=16_000,
+    ).waveform
 
 
 def test_a_quantised_bank_is_calibrated_on_views_too(clip_table: Path, tmp_path: Path) -> None:
@@ -264,13 +267,17 @@ def distinct_labels(table: Path, path: Path) -> Path:
 def test_a_view_has_the_labels_of_all_its_parts(
     made: Bank, clip_table: Path, tmp_path: Path
 ) -> None:
-    labels = read_labels(distinct_labels(clip_table, tmp_path / "labels.csv"), made.clips)
-    assert labels.multi_label
+    path = distinct_labels(clip_table, tmp_path / "labels.csv")
+    labels, one_each = (read_labels(path, made.clips, task=t) for t in ("multilabel", "auto"))
     assert labels.known.all()
-    for row, targets in zip(made.clips.to_pylist(), labels.targets, strict=True):
+    assert not one_each.multi_label
+    for row, targets, soft in zip(
+        made.clips.to_pylist(), labels.targets, one_each.targets, strict=True
+    ):
         parts = {row["clip_id"], *row["mix_sources"]}
         expected = {f"class {int(Path(name).stem):04d}" for name in parts}
         assert {labels.classes[index] for index in np.flatnonzero(targets)} == expected
+        np.testing.assert_array_equal(soft, targets / np.float32(len(parts)))
 
 
 def test_training_uses_views_and_tests_on_clean_clips(

@@ -41,7 +41,7 @@ def test_failed_and_unlabelled_rows_take_no_part() -> None:
 
 def test_augmented_views_only_train() -> None:
     names = ["train", "train", "valid", "valid", "test", "test"]
-    clips = clip_table(6, split=names, view=[0, 1] * 3)
+    clips = clip_table(6, clip_id=[*"aabbcc"], split=names, view=[0, 1] * 3)
     [split] = read_splits(clips, usable=all_usable(clips))
     assert parts(split) == {"train": [0, 1], "valid": [2], "test": [4]}
 
@@ -146,26 +146,79 @@ def test_a_wrong_split_table_says_where_and_what(tmp_path: Path, text: str, mess
     assert message in str(caught.value).replace(f"{tmp_path}/", "").splitlines()
 
 
-@pytest.mark.parametrize(
-    ("splits", "words"),
-    [
-        (
-            "clip_id,split\na,train\nb,test\nc,valid\n",
-            "a trains and holds the sound of b",
-        ),
-        ("path,split\nr0.wav,test\nr1.wav,train\nr2.wav,valid\n", "view 1 of a trains and holds"),
-    ],
-)
-def test_a_view_never_carries_test_audio_into_training(
-    splits: str, words: str, tmp_path: Path
+CROSSING = {
+    "sources in other parts": ("a,train\nb,test\nc,valid\nd,train\n", [2, 4]),
+    "an own clip in another part": ("a,test\nb,train\nc,valid\nd,train\n", [4]),
+    "a source in no part": ("a,train\nc,valid\nd,train\n", []),
+    "a source that tests": ("a,train\nb,valid\nc,test\nd,train\n", [2, 4]),
+    "none": ("a,train\nb,train\nc,train\nd,train\n", []),
+}
+"""A table of splits, and which of the views of its training clips must not train."""
+
+
+@pytest.mark.parametrize(("text", "left_out"), CROSSING.values(), ids=CROSSING)
+def test_a_view_never_carries_a_validation_or_test_clip_into_training(
+    text: str, left_out: list[int], tmp_path: Path
 ) -> None:
+    views = [("a", []), ("a", ["d"]), ("a", ["d", "b"]), ("d", []), ("b", ["c"])]
+    rows = [*views, *((name, []) for name in "abcdef")]
+    clips = clip_table(
+        len(rows),
+        clip_id=[name for name, _ in rows],
+        path=[f"{name}.wav" for name, _ in rows],
+        view=[1, 2, 3, 1, 1, 0, 0, 0, 0, 0, 0],
+        mix_sources=[mixed for _, mixed in rows],
+    )
+    path = write(tmp_path, "clip_id,split\n" + text + "e,valid\nf,test\n")
+    [split] = read_splits(clips, usable=all_usable(clips), splits_path=path)
+    part_of = dict(line.split(",") for line in path.read_text().split())
+    trained = [row for row in range(len(views)) if row in split.train]
+    assert trained == [
+        row
+        for row, (name, _) in enumerate(views)
+        if row not in left_out and part_of.get(name) == "train"
+    ]
+    heard = {name for row in split.train for name in (rows[row][0], *rows[row][1])}
+    tested = {rows[row][0] for row in (*split.valid, *split.test)}
+    assert not heard & tested
+    assert split.n_views == sum(part_of.get(name) == "train" for name, _ in views)
+    assert split.n_views_left_out == split.n_views - len(trained)
+
+
+def test_a_view_whose_table_row_trains_but_whose_clip_tests_is_left_out(tmp_path: Path) -> None:
     clips = clip_table(
         4,
         clip_id=["a", "b", "c", "a"],
-        path=["r0.wav", "r0.wav", "r2.wav", "r1.wav"],
+        path=["r0.wav", "r3.wav", "r2.wav", "r1.wav"],
         view=[0, 0, 0, 1],
-        mix_sources=[[], [], [], ["b"]],
     )
-    (tmp_path / "s.csv").write_text(splits)
-    with pytest.raises(TrialError, match=words):
-        read_splits(clips, usable=np.ones(4, bool), splits_path=tmp_path / "s.csv")
+    path = write(tmp_path, "path,split\nr0.wav,test\nr1.wav,train\nr2.wav,valid\nr3.wav,train\n")
+    [split] = read_splits(clips, usable=all_usable(clips), splits_path=path)
+    assert parts(split) == {"train": [1], "valid": [2], "test": [0]}
+    assert (split.n_views, split.n_views_left_out) == (1, 1)
+
+
+def test_by_folds_of_another_column_only_crossing_views_are_left_out() -> None:
+    clips = clip_table(
+        8,
+        clip_id=[*"abcdef", "a", "a"],
+        site=[*"xxyyzz", "x", "x"],
+        view=[0] * 6 + [1, 2],
+        mix_sources=[[]] * 6 + [["b"], ["c"]],
+    )
+    splits = read_splits(clips, usable=all_usable(clips), folds="site")
+    trained = {split.name: sorted({6, 7} & set(split.train)) for split in splits}
+    assert trained == {"site=x": [], "site=y": [6], "site=z": []}
+    assert [split.n_views_left_out for split in splits] == [0, 1, 0]
+
+
+def test_the_sound_of_a_clip_that_is_not_in_the_bank_is_trusted_in_no_split() -> None:
+    clips = clip_table(
+        4,
+        clip_id=["a", "b", "c", "a"],
+        split=["train", "valid", "test", "train"],
+        view=[0, 0, 0, 1],
+        mix_sources=[[], [], [], ["gone"]],
+    )
+    [split] = read_splits(clips, usable=all_usable(clips))
+    assert parts(split)["train"] == [0]

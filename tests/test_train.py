@@ -216,7 +216,15 @@ def test_a_run_leaves_results_probes_and_predictions_that_agree(tmp_path: Path) 
     assert results["bank"] == bank.fingerprint
     assert results["n_failed_clips"] == 1
     assert results["folds"] == [
-        {"name": "split", "train": 139, "valid": 49, "test": 50, "unused": 1}
+        {
+            "name": "split",
+            "train": 139,
+            "valid": 49,
+            "test": 50,
+            "unused": 1,
+            "views": 0,
+            "views_left_out": 0,
+        }
     ]
     assert [(row["probe"], row["split"], row["metric"]) for row in results["scores"]] == [
         (probe, part, metric)
@@ -322,7 +330,7 @@ def test_the_table_fits_80_columns_and_prints_what_is_left_out(tmp_path: Path) -
     assert max(len(line) for line in text.splitlines()) <= 80
     words = re.sub(r"\s+", " ", text)
     assert "50 test clips, 2 seeds, ± over seeds; 1 failed clips left out" in words
-    assert "1 labelled rows in no split" in words
+    assert "1 labelled clips in no split" in words
     assert "map_macro without 1 of 4 classes; auroc_macro without 1 of 4 classes" in words
     [row] = [
         row
@@ -348,3 +356,58 @@ def test_a_failed_run_leaves_an_earlier_result_alone(tmp_path: Path) -> None:
     with pytest.raises(ManifestError):
         run_training(bank, labels, tmp_path, probes=["linear"], classes=["other"])
     assert (tmp_path / "results.json").read_text() == "{}"
+
+
+def test_rows_that_train_hold_no_sound_of_a_clip_that_selects_or_tests(tmp_path: Path) -> None:
+    """Ten clips a part, two views of each, of which the second is mixed with any other clip."""
+    n_clips, parts = 40, ["train", "valid", "test", ""]
+    names = [f"c{number:02d}" for number in range(n_clips)]
+    part_of = {name: parts[number % 4] for number, name in enumerate(names)}
+    others = np.random.default_rng(0).permutation(n_clips)
+    views = [(name, view) for view in (1, 2) for name in names]
+    rows = [(name, 0, []) for name in names]
+    rows += [(n, v, [names[others[names.index(n)]]] if v == 2 else []) for n, v in views]
+    status = [1] * (len(rows) - 1) + [2]
+    clips = clip_table(
+        len(rows),
+        clip_id=[name for name, _, _ in rows],
+        view=[view for _, view, _ in rows],
+        mix_sources=[mixed for _, _, mixed in rows],
+        status=status,
+    )
+    tokens, _ = needle_tokens(len(rows), n_patches=4)
+    (tmp_path / "labels.csv").write_text(
+        "clip_id,labels\n" + "".join(f"{name},k{n // 4 % 2}\n" for n, name in enumerate(names))
+    )
+    (tmp_path / "splits.csv").write_text(
+        "clip_id,split\n" + "".join(f"{name},{part}\n" for name, part in part_of.items() if part)
+    )
+    source = CountingSource(tokens)
+    said: list[str] = []
+    results = run.run_training(
+        NeedleBank(clips, tokens),
+        tmp_path / "labels.csv",
+        tmp_path / "run",
+        probes=["linear"],
+        settings=TINY,
+        splits_path=tmp_path / "splits.csv",
+        source=lambda _: source,
+        say=said.append,
+    )
+    n_reads = np.bincount(source.seen, minlength=len(rows))
+    trained = [row for row in range(len(rows)) if n_reads[row] == 2 * TINY.n_epochs]
+    heard = {part_of[one] for row in trained for one in (rows[row][0], *rows[row][2])}
+    assert heard == {"train", ""}
+    assert sum(rows[row][1] == 1 for row in trained) == 10
+    n_mixed = sum(rows[row][1] == 2 for row in trained)
+    assert 0 < n_mixed < 10
+    assert said == [
+        f"{10 - n_mixed} of 20 views are left out: what is mixed into them lies in another split"
+    ]
+    [fold] = results["folds"]
+    assert (fold["train"], fold["unused"]) == (len(trained), 10)
+    assert (results["n_failed_clips"], results["n_failed_views"]) == (0, 1)
+    assert results["primary_metric"] == "accuracy"
+    caption = str(format_scores(results).caption)
+    assert "1 failed views left out; 10 labelled clips in no split; " in caption
+    assert f"{10 - n_mixed} of 20 views left out of training" in caption

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from patchbank.probing.losses import asymmetric
+from patchbank.probing.losses import asymmetric, cross_entropy
 from patchbank.probing.optimiser import StackedAdamW, cosine_factor
 from patchbank.probing.probes import PROBES, build_probe
 from patchbank.probing.probes.base import ProbeShape
@@ -65,6 +65,20 @@ def test_a_trial_that_diverges_leaves_the_others_alone() -> None:
     torch.testing.assert_close(losses[:, 0], own_losses[:, 0], rtol=1e-6, atol=0)
     found, expected = together.weights_of(0)["weight"], alone.weights_of(0)["weight"]
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_every_family_learns_soft_targets(name: str) -> None:
+    """At the optimum of cross-entropy the probabilities are the targets."""
+    stack = TrialStack(name, build_probe(name, ProbeShape(24, 3, 1)), [Trial(3e-2, 0.0, 0)])
+    random = torch.Generator().manual_seed(0)
+    patches = torch.randn(3, 5, 24, generator=random)
+    tokens = Tokens(patches, torch.randn(3, 1, 24, generator=random))
+    targets = torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0], [1 / 3, 1 / 3, 1 / 3]])
+    losses = [stack.step(tokens, targets, cross_entropy, factor=1.0).item() for _ in range(300)]
+    assert losses[-1] < losses[0]
+    found = stack.logits(tokens)[0].softmax(dim=-1)
+    torch.testing.assert_close(found, targets, rtol=0, atol=0.12)
 
 
 @pytest.mark.parametrize("name", PROBES)

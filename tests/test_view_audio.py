@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from patchbank.pipeline.audio import DecodedClip
+from patchbank.pipeline.draws import Draw
 from patchbank.pipeline.errors import AudioError
 from patchbank.pipeline.view_audio import made_view, mix_gains
-from patchbank.pipeline.views import Draw
 
 N = 4_000
 

@@ -20,6 +20,7 @@ from patchbank.pipeline.specs import (
     LayerSpec,
     MixupSpec,
     ShiftSpec,
+    canonical_json,
     differing_fields,
     digest,
 )
@@ -171,9 +172,13 @@ def augment_of_card(card: Json) -> AugmentSpec | None:
             for name, kind in (("mixup", MixupSpec), ("shift", ShiftSpec), ("gain", GainSpec))
             if name in parts
         }
-        return AugmentSpec(**specs, **parts)
+        augment = AugmentSpec(**specs, **parts)
     except PatchbankError as error:
         raise ValueError(f"augment: {error}") from error
+    # A default that is not spelt out, or 1 for 1.0, would be the same views under another identity.
+    if canonical_json(augment.identity()) != canonical_json(card["augment"]):
+        raise ValueError(f"augment is {brief(card['augment'])}, which nothing here writes")
+    return augment
 
 
 def recipe_differences(
@@ -181,9 +186,18 @@ def recipe_differences(
 ) -> dict[str, tuple[object, object]]:
     """The fields in which two recipes differ; what follows from another stored type is left out."""
     differences = differing_fields(found, expected)
+    kinds = [set(recipe.get("augment", ())) for recipe in (found, expected)]
+    if kinds[0] != kinds[1]:
+        differences = {k: v for k, v in differences.items() if k.split(".")[0] != "augment"}
+        differences["augment"] = (_augment_options(found), _augment_options(expected))
     if "stored_dtype" in differences:
         return {k: v for k, v in differences.items() if not k.startswith("quantisation.")}
     return differences
+
+
+def _augment_options(recipe: Mapping[str, Any]) -> str | None:
+    augment = augment_of_card(dict(recipe))
+    return None if augment is None else augment.options
 
 
 def attributes_of_card(card: Json) -> Json:

@@ -26,7 +26,8 @@ def fingerprint(recipe_id: str, clips: pa.Table) -> str:
     """SHA-256 over the recipe and the ordered clips with their audio digests.
 
     Clips are hashed one a line, each a canonical JSON list of `FINGERPRINT_COLUMNS`. Holes are no
-    clips: a bank that grew has the fingerprint of one that was extracted at once.
+    clips: a bank that grew has the fingerprint of one that was extracted at once. Not so one that
+    mixes views: the sources of those from before it grew were drawn from fewer clips.
     """
     hasher = hashlib.sha256(recipe_id.encode())
     status = FINGERPRINT_COLUMNS.index("status")

@@ -29,6 +29,11 @@ def has_gains(card: Json) -> bool:
     return augment is not None and augment.mixup is not None
 
 
+def count_views(clips: pa.Table) -> int:
+    """Rows of a clip table, or of clips.parquet, that are no clean clip; holes are none either."""
+    return int(pc.sum(pc.greater(clips["view"], 0)).as_py() or 0)
+
+
 def drawn_columns(augment: AugmentSpec) -> dict[str, pa.DataType]:
     """The columns that the clip table of a bank with these augmentations has, and their types."""
     return {
