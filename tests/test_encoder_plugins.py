@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from audio_sets import write_clip_set, write_tone
 from distributed import LocalCluster
+from killable import ENVIRONMENT
 from fake_bank import SETTINGS
 from fake_packages import Install, write
 
@@ -259,6 +260,9 @@ def test_another_process_extracts_with_the_file(
     mine: Path, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    # Dask sets these for the processes that it starts, and would leave them set.
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
     with LocalCluster(
         n_workers=1, threads_per_worker=2, processes=True, dashboard_address=None
     ) as cluster:
