@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from audio_sets import write_clip_set, write_tone
 from distributed import LocalCluster
-from killable import ENVIRONMENT
 from fake_bank import SETTINGS
 from fake_packages import Install, write
+from killable import ENVIRONMENT
 
 from patchbank.cli.main import main
 from patchbank.pipeline.bank import open_bank
