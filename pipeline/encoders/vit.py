@@ -62,8 +62,7 @@ class SpectrogramViT(TokenNetwork):
             n_stored = self._n_times * PATCH
             raise EncoderError(
                 f"{self._name} has positions for {n_stored} frames, found {n_frames}; choose a "
-                f"window of at most {n_stored / FRAMES_PER_S:g} s, and leave the front end's "
-                "lengths as published"
+                f"window of at most {n_stored / FRAMES_PER_S:g} s"
             )
         return grid
 
