@@ -216,7 +216,7 @@ def test_a_worker_names_itself_and_the_path_that_it_does_not_see(
     with pytest.raises(ManifestError, match=rf"{elsewhere}: --audio-root: {here} finds no audio"):
         ShardExtractor(replace(job, audio_root=elsewhere))
     with pytest.raises(EncoderError, match=rf"^{here} finds no weights at {elsewhere}; every"):
-        ShardExtractor(replace(job, weights=elsewhere))
+        ShardExtractor(replace(job, weights=str(elsewhere)))
     extractor = ShardExtractor(job)
     clips = ShardClips(prepared.clips.slice(0, 16))
     for work in (extractor.golden, lambda: extractor.extract(0, clips, {"batch_size": 16})):
