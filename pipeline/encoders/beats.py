@@ -110,7 +110,7 @@ def renamed(checkpoint: Checkpoint, published: State, config: BeatsConfig) -> St
     table = "self_attn.relative_attention_bias.weight"
     for key, value in published.items():
         if key.endswith(table):
-            kept = state.setdefault("encoder.relative_attention_bias.weight", value)
+            kept = state.setdefault("encoder.relative_attention_bias", value)
             if not torch.equal(kept, value):
                 raise checkpoint.error(f"{key} differs from that of another layer")
         else:

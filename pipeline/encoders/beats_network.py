@@ -102,8 +102,9 @@ class BeatsEncoder(nn.Module):
         )
         self.layer_norm = nn.LayerNorm(dim)
         self.layers = nn.ModuleList(BeatsBlock(config) for _ in range(config.encoder_layers))
-        self.relative_attention_bias = nn.Embedding(
-            config.num_buckets, config.encoder_attention_heads
+        # No `nn.Embedding`: its first values, drawn where nothing is stored, import sympy (5 s).
+        self.relative_attention_bias = nn.Parameter(
+            torch.empty(config.num_buckets, config.encoder_attention_heads)
         )
 
     def hidden_states(
@@ -125,8 +126,7 @@ class BeatsEncoder(nn.Module):
         buckets = relative_buckets(
             places[None] - places[:, None], self.config.num_buckets, self.config.max_distance
         )
-        bias: Tensor = self.relative_attention_bias(buckets).permute(2, 0, 1)
-        return bias
+        return self.relative_attention_bias[buckets].permute(2, 0, 1)
 
 
 class BeatsNetwork(TokenNetwork):
