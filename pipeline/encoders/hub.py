@@ -17,7 +17,6 @@ PREFIX = "hf:"
 REFERENCE = re.compile(
     r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./ +-]+))?"
 )
-COMMIT = re.compile(r"[0-9a-f]{40}")
 CONFIG = "config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """Tried in this order where no file is named."""
