@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from torch import Tensor
 
 from patchbank.pipeline import load_encoder
 from patchbank.pipeline.encoders.base import Encoder
+from patchbank.pipeline.encoders.catalogue import ENCODERS
 from patchbank.pipeline.errors import EncoderError
 from patchbank.pipeline.specs import Grid
 
@@ -306,6 +308,17 @@ def test_a_click_moves_along_time_and_a_tone_along_frequency(name: str, tmp_path
     ]
     assert bands == sorted(bands)
     assert len(set(bands)) == 3
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_catalogue_says_what_the_encoder_does(name: str, tmp_path: Path) -> None:
+    encoder, entry = encoder_of(name, tmp_path), ENCODERS[name]
+    rate = encoder.spec.sample_rate_hz
+    assert (entry.sample_rate_hz, entry.licence) == (rate, encoder.spec.licence)
+    stated = re.findall(r"(\d+) x (\d+) of (\d+) s", entry.grid)
+    assert stated
+    for time, freq, seconds in stated:
+        assert encoder.grids(int(seconds) * rate)[DEPTH] == Grid(int(time), int(freq))
 
 
 @pytest.mark.parametrize(

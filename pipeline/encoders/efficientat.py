@@ -137,8 +137,8 @@ def load(
     """The mn model in one of the publisher's release files.
 
     Width and head are read off the shapes. The number of mel bands, the hop and the strides leave
-    no trace there: 128, 320 samples and the usual ones are used for every file, so files such as
-    mn10_as_mels_40 load, with a warning, but see another input than they were trained on.
+    no trace there: 128, 320 samples and the usual ones are used where `frontend` chooses no other
+    `n_mels` or `hop_samples`, so files such as mn10_as_mels_40 load, with a warning.
     """
     constants = choose_settings(
         "efficientat", {PUBLISHED: LogMelConstants()}, preset, frontend, fixed=DESCRIPTIONS

@@ -99,6 +99,6 @@ def _warn_of_other_training(path: Path) -> None:
     if found is not None:
         warnings.warn(
             f"{path.name}: the name says {found[0].lstrip('_')!r}, which the weights do not show; "
-            "128 mel bands, hop 320 and the usual strides are used, as for every mn file",
+            "128 mel bands, hop 320 and the usual strides are used where none other are chosen",
             stacklevel=4,
         )
