@@ -26,9 +26,9 @@ from patchbank.pipeline.bank.reader import Bank
 from patchbank.pipeline.bank.schema import BankSchema
 from patchbank.pipeline.bank.seal_record import SEAL
 from patchbank.pipeline.errors import BankError, BankMismatch, PatchbankError
+from patchbank.pipeline.job import ExtractionJob
 from patchbank.pipeline.manifest import ClipTable
 from patchbank.pipeline.plan import ExtractionPlan, plan_extraction
-from patchbank.pipeline.shard import ExtractionJob
 from patchbank.pipeline.specs import Json
 from patchbank.pipeline.views import TableRows
 

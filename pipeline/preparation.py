@@ -16,10 +16,10 @@ from patchbank.pipeline.encoders.hub import locate_weights
 from patchbank.pipeline.environment import choose_device
 from patchbank.pipeline.errors import EncoderError, PatchbankError
 from patchbank.pipeline.fitting import Extraction, fit_to_bank
+from patchbank.pipeline.job import ExtractionJob
 from patchbank.pipeline.manifest import read_manifest
 from patchbank.pipeline.plan import plan_extraction, schema_for
 from patchbank.pipeline.settings import ExtractionSettings
-from patchbank.pipeline.shard import ExtractionJob
 from patchbank.pipeline.specs import Recipe
 from patchbank.pipeline.views import TableRows
 
@@ -85,6 +85,7 @@ def prepare(
         # The workers of a scheduler choose for themselves: they may have what this machine lacks.
         device=settings.device if settings.scheduler else choose_device(settings.device),
         n_decode_threads=settings.n_decode_threads or min(8, os.cpu_count() or 1),
+        n_threads=os.cpu_count() or 1,
     )
     plan = plan_extraction(bank, recipe, schema)
     with telling_of_a_full_disk(bank):

@@ -36,7 +36,7 @@ from patchbank.pipeline.bank.view_columns import MIX_GAINS, has_gains
 from patchbank.pipeline.bank.writer import ShardFileWriter, writer_threads
 from patchbank.pipeline.plan import bank_bytes, check_space
 from patchbank.pipeline.rebuild_plan import RebuildPlan, Rows, plan_rebuild
-from patchbank.pipeline.shard import small_values_of, write_part
+from patchbank.pipeline.shard_rows import small_values_of, write_part
 from patchbank.pipeline.specs import Json, StoredDType
 from patchbank.pipeline.tokens import StoredTokens, store_tokens
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int, Int8, Shaped
+from jaxtyping import Float, Float32, Int, Int8, Shaped
 from torch import Tensor
 
 from patchbank.pipeline.bank.dtypes import StoredType
@@ -37,6 +37,43 @@ class StoredTokens:
     """float16, of quantised tokens; NaN where a clip failed."""
 
 
+@dataclass(frozen=True)
+class PackedTokens:
+    """Tokens of a batch in the stored type, where they were computed; asking waits for nothing."""
+
+    stored: StoredType
+    tokens: Shaped[Tensor, "batch token width"]
+    """Bit patterns where NumPy lacks the type: bfloat16 as int16."""
+    pooled: Float32[Tensor, "batch pool dim"]
+    n_bad: Int[Tensor, "batch reason"]
+    """Values that are NaN or infinite, beyond the type's range, and 1 where all are zero."""
+    scale: Float[Tensor, "batch token"] | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By the names of the fields, those that there are."""
+        found = {"tokens": self.tokens, "pooled": self.pooled, "n_bad": self.n_bad}
+        return found if self.scale is None else found | {"scale": self.scale}
+
+    def on_cpu(self) -> StoredTokens:
+        """The same on the CPU, which waits for the device where it has to."""
+        return StoredTokens(
+            self.tokens.cpu().numpy().view(self.stored.dtype),
+            self.pooled.cpu().numpy(),
+            tuple(_reason(*counts, dtype=self.stored.name) for counts in self.n_bad.tolist()),
+            None if self.scale is None else self.scale.cpu().numpy(),
+        )
+
+
+class DeviceConstants:
+    """The constants of a quantised layer on a device."""
+
+    def __init__(self, constants: ChannelConstants, device: torch.device | str) -> None:
+        self.shift = torch.from_numpy(constants.shift).to(device)
+        self.scale = torch.from_numpy(constants.scale).to(device)
+        rotation = constants.rotation
+        self.rotation = None if rotation is None else torch.from_numpy(rotation).to(device)
+
+
 def store_tokens(
     tokens: Float[Tensor, "batch token dim"],
     *,
@@ -44,57 +81,75 @@ def store_tokens(
     n_counted: Int[Tensor, " batch"],
     constants: ChannelConstants | None = None,
 ) -> StoredTokens:
+    """`pack_tokens`, brought to the CPU."""
+    there = None if constants is None else DeviceConstants(constants, tokens.device)
+    return pack_tokens(tokens, stored=stored, n_counted=n_counted, constants=there).on_cpu()
+
+
+def pack_tokens(
+    tokens: Float[Tensor, "batch token dim"],
+    *,
+    stored: StoredType,
+    n_counted: Int[Tensor, " batch"],
+    constants: DeviceConstants | None = None,
+) -> PackedTokens:
     """Checks a batch of tokens, brings it into `stored` and pools the first `n_counted` of each.
 
     NaN, infinities, values beyond the type's range and all-zero clips are failures. `constants` are
-    those of a quantised type.
+    those of a quantised type, on the tokens' device; `n_counted` is on the CPU.
     """
     if stored.is_quantised:
         assert constants is not None
-        return _store_codes(tokens.float(), stored, n_counted, constants)
+        return _pack_codes(tokens.float(), stored, n_counted, constants)
     cast = tokens.to(FLOAT_DTYPES[stored.name])
+    values = cast.float()
     # A clip that vanishes in the stored type is as lost as one that was silent in the encoder.
-    failures = _failures(tokens, ~torch.isfinite(cast), cast == 0, dtype=stored.name)
-    bad = _flags(failures, tokens.device)
-    cast[bad] = torch.nan
-    pooled = _pool(cast.float(), n_counted.to(tokens.device))
-    if stored.name == "bfloat16":
-        # NumPy has no bfloat16: its bits.
-        codes = cast.view(torch.int16).cpu().numpy().view("<u2")
-        return StoredTokens(codes, pooled.cpu().numpy(), failures)
-    return StoredTokens(cast.cpu().numpy(), pooled.cpu().numpy(), failures)
+    n_bad = _count_bad(tokens, values, values)
+    cast = _fill_bad(cast, n_bad, torch.nan)
+    pooled = _fill_bad(_pool(values, n_counted), n_bad, torch.nan)
+    bits = cast.view(torch.int16) if stored.name == "bfloat16" else cast
+    return PackedTokens(stored, bits, pooled, n_bad)
 
 
-def _store_codes(
+def _pack_codes(
     tokens: Float32[Tensor, "batch token dim"],
     stored: StoredType,
     n_counted: Int[Tensor, " batch"],
-    constants: ChannelConstants,
-) -> StoredTokens:
-    shift = torch.from_numpy(constants.shift).to(tokens.device)
-    channel_scale = torch.from_numpy(constants.scale).to(tokens.device)
-    even = (tokens - shift) / channel_scale
-    rotation = None
+    constants: DeviceConstants,
+) -> PackedTokens:
+    even = (tokens - constants.shift) / constants.scale
     if constants.rotation is not None:
-        rotation = torch.from_numpy(constants.rotation).to(tokens.device)
-        even = rotate(even, rotation.T)
+        even = rotate(even, constants.rotation.T)
     codes, scale = quantise(even, code_max=stored.code_max)
-    lost = ~torch.isfinite(scale)[:, :, None]
-    failures = _failures(tokens, lost, tokens == 0, dtype=stored.name)
-    bad = _flags(failures, tokens.device)
-    scale[bad] = torch.nan
+    n_bad = _count_bad(tokens, scale[:, :, None], tokens)
     values = codes.float() * scale.float()[:, :, None]
-    if rotation is not None:
-        values = rotate(values, rotation)
-    values = values * channel_scale + shift
-    codes[bad] = -stored.code_max - 1
-    pooled = _pool(values, n_counted.to(tokens.device))
-    return StoredTokens(
-        stored.from_codes(codes.cpu().numpy()),
-        pooled.cpu().numpy(),
-        failures,
-        scale.cpu().numpy(),
-    )
+    if constants.rotation is not None:
+        values = rotate(values, constants.rotation)
+    values = values * constants.scale + constants.shift
+    pooled = _fill_bad(_pool(values, n_counted), n_bad, torch.nan)
+    codes = _fill_bad(codes, n_bad, -stored.code_max - 1)
+    scale = _fill_bad(scale, n_bad, torch.nan)
+    return PackedTokens(stored, _packed(codes, stored), pooled, n_bad, scale)
+
+
+def _fill_bad(
+    values: Shaped[Tensor, "batch ..."], n_bad: Int[Tensor, "batch reason"], fill: float
+) -> Shaped[Tensor, "batch ..."]:
+    """`fill` for all values of clips that have bad ones."""
+    bad = n_bad.amax(1) > 0
+    if values.device.type == "cpu" and not bool(bad.any()):
+        return values
+    return values.masked_fill(bad.reshape(-1, *(1 for _ in values.shape[1:])), fill)
+
+
+def _packed(
+    codes: Int8[Tensor, "batch token dim"], stored: StoredType
+) -> Shaped[Tensor, "batch token width"]:
+    """`StoredType.from_codes` on any device."""
+    if stored.n_packed == 1:
+        return codes
+    shifted = (codes + stored.code_max + 1).to(torch.uint8)
+    return shifted[..., 0::2] | (shifted[..., 1::2] << 4)
 
 
 def rotate(
@@ -148,43 +203,44 @@ def _squared_error(
     return (codes.float() * scale.float()[:, :, None] - tokens).square().sum(2)
 
 
-def _flags(failures: tuple[str | None, ...], device: torch.device) -> Bool[Tensor, " batch"]:
-    return torch.tensor([failure is not None for failure in failures], device=device)
-
-
-def _failures(
+def _count_bad(
     tokens: Float[Tensor, "batch token dim"],
-    lost: Bool[Tensor, "batch token #dim"],
-    zero: Bool[Tensor, "batch token dim"],
-    *,
-    dtype: str,
-) -> tuple[str | None, ...]:
-    """Why clips cannot be stored; `lost` marks values that the stored type cannot hold."""
+    cast: Float[Tensor, "batch token #dim"],
+    zero: Float[Tensor, "batch token dim"],
+) -> Int[Tensor, "batch reason"]:
+    """Values that are not finite, that are finite but not in `cast`, and 1 where `zero` is.
+
+    On a CPU the extremes are looked at first: they tell that all is well in one pass.
+    """
+    if tokens.device.type == "cpu" and _are_plain(cast) and bool(zero.flatten(1).any(1).all()):
+        return torch.zeros(len(tokens), 3, dtype=torch.int64)
     finite = torch.isfinite(tokens)
-    not_finite = _count(~finite)
-    overflow = _count(finite & lost)
-    all_zero = zero.flatten(1).all(1).tolist()
-    return tuple(
-        _reason(not_finite[i], overflow[i], all_zero[i], dtype=dtype) for i in range(len(tokens))
-    )
+    n_not_finite = (~finite).flatten(1).sum(1)
+    n_overflow = (finite & ~torch.isfinite(cast)).flatten(1).sum(1)
+    all_zero = (zero == 0).flatten(1).all(1)
+    return torch.stack([n_not_finite, n_overflow, all_zero.long()], 1)
 
 
-def _count(flags: Bool[Tensor, "batch token dim"]) -> list[int]:
-    counts: list[int] = flags.flatten(1).sum(1).tolist()
-    return counts
+def _are_plain(cast: Float[Tensor, "batch token dim"]) -> bool:
+    lowest, highest = torch.aminmax(cast)
+    return bool(torch.isfinite(lowest) & torch.isfinite(highest))
 
 
-def _reason(n_not_finite: int, n_overflow: int, all_zero: bool, *, dtype: str) -> str | None:
+def _reason(n_not_finite: int, n_overflow: int, is_zero: int, *, dtype: str) -> str | None:
     if n_not_finite:
         return f"{n_not_finite} token values are NaN or infinite"
     if n_overflow:
         return f"{n_overflow} token values are beyond the range of {dtype}"
-    return "all token values are zero" if all_zero else None
+    return "all token values are zero" if is_zero else None
 
 
 def _pool(
     tokens: Float32[Tensor, "batch token dim"], n_counted: Int[Tensor, " batch"]
 ) -> Float32[Tensor, "batch pool dim"]:
+    if bool((n_counted >= tokens.shape[1]).all()):
+        mean = tokens.sum(1) / tokens.shape[1]
+        return torch.stack([mean, tokens.amax(1), tokens.amin(1)], 1)
+    n_counted = n_counted.to(tokens.device, non_blocking=True)
     beyond = torch.arange(tokens.shape[1], device=tokens.device) >= n_counted[:, None]
     beyond = beyond[:, :, None]
     mean = tokens.masked_fill(beyond, 0).sum(1) / n_counted[:, None]

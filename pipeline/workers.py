@@ -23,7 +23,8 @@ from distributed import (
 from patchbank.pipeline.bank.quantised import ChannelConstants
 from patchbank.pipeline.decoding import ShardClips
 from patchbank.pipeline.errors import PatchbankError
-from patchbank.pipeline.shard import ExtractionJob, ShardExtractor, ShardReport
+from patchbank.pipeline.job import ExtractionJob, ShardReport
+from patchbank.pipeline.shard import ShardExtractor
 from patchbank.pipeline.specs import Json
 
 SHARDS_PER_WORKER = 2

@@ -11,7 +11,7 @@ N_CLIPS = 40
 KILLED_RUN = """
 import os, sys
 from pathlib import Path
-from patchbank.pipeline import shard
+from patchbank.pipeline import shard_rows
 from patchbank.pipeline.extraction import ExtractionSettings, extract
 from patchbank.pipeline.specs import WindowSpec
 import patchbank.pipeline.bank.commit as commit_module
@@ -30,7 +30,7 @@ def die_at(name, wanted, real):
         return real(*args, **kwargs)
     return wrapped
 
-shard.part_table = die_at("before a commit", 2, shard.part_table)
+shard_rows.part_table = die_at("before a commit", 2, shard_rows.part_table)
 commit_module._publish = die_at("after the link", 2, commit_module._publish)
 assembly_module._assemble_clips = die_at("while assembling", 1, assembly_module._assemble_clips)
 seal_module.write_seal = die_at("before the seal", 1, seal_module.write_seal)

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from threading import Barrier, Lock
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -18,17 +18,26 @@ from made_views import EVERYTHING
 
 from patchbank.pipeline import decoding
 from patchbank.pipeline.audio import DecodedClip, decode_clip
-from patchbank.pipeline.decoding import Decoders, ShardClips, SharedClips
+from patchbank.pipeline.decoding import (
+    ClipDecoder,
+    ClipFacts,
+    DecodeIn,
+    Decoders,
+    ShardClips,
+    SharedClips,
+)
 from patchbank.pipeline.draws import draws_of
 from patchbank.pipeline.encoders import load_encoder
 from patchbank.pipeline.errors import AudioError
 from patchbank.pipeline.manifest import read_manifest
+from patchbank.pipeline.slots import SlotRing
 from patchbank.pipeline.specs import Recipe, WindowSpec
+from patchbank.pipeline.stages import StageClock
 from patchbank.pipeline.view_audio import made_view
 from patchbank.pipeline.views import with_views
 
 WINDOW = WindowSpec(0.25, 0.25)
-N_CLIPS, N_VIEWS, BATCH = 24, 5, 8
+N_CLIPS, N_VIEWS, BATCH, N_SLOTS = 24, 5, 8, 3
 
 
 def place(name: str) -> dict[str, Any]:
@@ -81,37 +90,54 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return counts
 
 
-@pytest.fixture
-def decoders(table: Path) -> Iterator[Decoders]:
+@pytest.fixture(scope="module", params=["threads", "processes"])
+def decode_in(request: pytest.FixtureRequest) -> DecodeIn:
+    return cast("DecodeIn", request.param)
+
+
+@pytest.fixture(scope="module")
+def ring(decode_in: DecodeIn) -> SlotRing:
+    is_shared = decode_in == "processes"
+    return SlotRing(N_SLOTS, batch_size=BATCH, n_samples=4_000, pins=False, shares=is_shared)
+
+
+@pytest.fixture(scope="module")
+def decoders(table: Path, ring: SlotRing, decode_in: DecodeIn) -> Iterator[Decoders]:
     recipe = Recipe(load_encoder("fake").spec, WINDOW, (1,), augment=EVERYTHING)
-    decoders = Decoders(table.parent, recipe, n_threads=4)
+    decoder = ClipDecoder(table.parent, recipe, StageClock())
+    decoders = Decoders(decoder, ring, n_threads=2, decode_in=decode_in)
     yield decoders
     decoders.close()
 
 
 def test_a_clip_is_decoded_once_for_itself_and_its_views(
-    table: Path, rows: pa.Table, decoders: Decoders, decoded: Counter[str]
+    table: Path, rows: pa.Table, decoders: Decoders, decode_in: DecodeIn, decoded: Counter[str]
 ) -> None:
     draws = draws_of(rows)
     sources = rows.filter(pa.compute.equal(rows["view"], 0))
-    found = [one for batch in decoders.batches(ShardClips(rows, sources), BATCH) for one in batch]
+    found = []
+    for batch in decoders.batches(ShardClips(rows, sources)):
+        found += zip(batch.clips, batch.slot.waveforms.copy(), strict=False)
+        batch.slot.release()
     n_mixed = sum(len(draw.mix_sources) for draw in draws)
     assert n_mixed > 150
-    # Alone, 24 clips x 6 rows and every source would be decoded.
-    assert sum(decoded.values()) <= N_CLIPS + n_mixed
+    if decode_in == "threads":
+        # Alone, 24 clips x 6 rows and every source would be decoded.
+        assert sum(decoded.values()) <= N_CLIPS + n_mixed
     alone = {
         row["clip_id"]: _alone(table.parent / row["path"])
         for row in rows.to_pylist()
         if not row["view"]
     }
-    for row, draw, one in zip(rows.to_pylist(), draws, found, strict=True):
+    for row, draw, (one, waveform) in zip(rows.to_pylist(), draws, found, strict=True):
         parts = [alone[name] for name in (row["clip_id"], *draw.mix_sources)]
         if any(isinstance(part, AudioError) for part in parts):
             assert isinstance(one, AudioError)
+            assert not waveform.any()
             continue
         expected = made_view(parts[0], parts[1:], draw) if row["view"] else parts[0]
-        assert isinstance(one, DecodedClip)
-        np.testing.assert_array_equal(one.waveform, expected.waveform)
+        assert isinstance(one, ClipFacts)
+        np.testing.assert_array_equal(waveform, expected.waveform)
         assert (one.audio_sha256, one.mix_gains) == (expected.audio_sha256, expected.mix_gains)
 
 
@@ -120,6 +146,34 @@ def _alone(path: Path) -> Any:
         return decode_clip(path, start_s=0.0, duration_s=0.25, window=WINDOW, sample_rate_hz=16_000)
     except AudioError as error:
         return error
+
+
+def test_a_loop_that_ends_early_gives_all_memory_back(
+    rows: pa.Table, ring: SlotRing, decoders: Decoders
+) -> None:
+    sources = rows.filter(pa.compute.equal(rows["view"], 0))
+    batches = decoders.batches(ShardClips(rows, sources))
+    first = next(batches)
+    batches.close()
+    assert ring.n_free == N_SLOTS - 1
+    first.slot.release()
+    assert ring.n_free == N_SLOTS
+
+
+def test_shards_that_share_little_memory_all_come_to_their_end(
+    rows: pa.Table, decoders: Decoders
+) -> None:
+    sources = rows.filter(pa.compute.equal(rows["view"], 0))
+
+    def count(_: int) -> int:
+        n_rows = 0
+        for batch in decoders.batches(ShardClips(rows, sources)):
+            n_rows += len(batch.clips)
+            batch.slot.release()
+        return n_rows
+
+    with ThreadPoolExecutor(4) as shards:
+        assert list(shards.map(count, range(4))) == [len(rows)] * 4
 
 
 def test_threads_that_want_one_clip_wait_for_one_decoding() -> None:

@@ -153,12 +153,12 @@ def test_what_dead_attempts_left_is_cleared_before_the_space_is_counted(
 def test_a_failing_worker_leaves_no_attempt_behind(
     clip_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from patchbank.pipeline import shard
+    from patchbank.pipeline import shard_rows
 
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shard, "part_table", full)
+    monkeypatch.setattr(shard_rows, "part_table", full)
     with pytest.raises(PatchbankError, match=r"no space left .* run the same command again"):
         extract(clip_table, encoder="fake", out=tmp_path / "x.bank", settings=SETTINGS)
     assert list((tmp_path / "x.bank/.work").glob("0*")) == []

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from patchbank.pipeline.bank.blocks import Block, BlockRing
+from patchbank.pipeline.bank.blocks import Block, BlockRing, Job
 from patchbank.pipeline.bank.direct import NOT_DIRECT, O_DIRECT
 from patchbank.pipeline.bank.layout import ShardLayout, crc32c, encode_index
 
@@ -88,9 +90,14 @@ def hash_file(path: Path, *, relative_to: Path) -> FileRecord:
     return FileRecord(path.relative_to(relative_to).as_posix(), path.stat().st_size, sha256)
 
 
+def n_writer_threads() -> int:
+    """For all writers of a process: one a core to hash, and two that wait for the disk."""
+    return min(16, 2 + (os.cpu_count() or 1))
+
+
 def writer_threads() -> ThreadPoolExecutor:
-    """Threads for all writers of a process: one a core to hash, and two that wait for the disk."""
-    return ThreadPoolExecutor(min(16, 2 + (os.cpu_count() or 1)), thread_name_prefix="write")
+    """`n_writer_threads` of them."""
+    return ThreadPoolExecutor(n_writer_threads(), thread_name_prefix="write")
 
 
 class ShardFileWriter:
@@ -107,7 +114,10 @@ class ShardFileWriter:
         n_rows: int,
         name: str,
         threads: ThreadPoolExecutor,
+        count_seconds: Callable[[str, float], None] | None = None,
     ) -> None:
+        """`count_seconds` is told what threads did, "write" or "hash", and how long."""
+        self._count_seconds = count_seconds
         self._layout, self._n_rows, self._name = layout, n_rows, name
         self._n_written = 0
         self._digests: dict[int, RowDigest] = {}
@@ -151,7 +161,21 @@ class ShardFileWriter:
         is_last = self._n_written == self._n_rows
         self._block = None if block.is_full or is_last else block
         if self._block is None:
-            self._ring.hand_over(block, [self._write, self._digest], in_order=self._add_to_hash)
+            jobs = [self._timed("write", self._write), self._timed("hash", self._digest)]
+            in_order = self._timed("hash", self._add_to_hash)
+            self._ring.hand_over(block, jobs, in_order=in_order)
+
+    def _timed(self, what: str, job: Job) -> Job:
+        count_seconds = self._count_seconds
+        if count_seconds is None:
+            return job
+
+        def timed(block: Block) -> None:
+            began_s = time.perf_counter()
+            job(block)
+            count_seconds(what, time.perf_counter() - began_s)
+
+        return timed
 
     def _write(self, block: Block) -> None:
         offset = block.rows.start * self._layout.row_stride_bytes

@@ -26,7 +26,7 @@ from patchbank.pipeline.bank.seal import seal_bank
 from patchbank.pipeline.bank.writer import ShardFileWriter, writer_threads
 from patchbank.pipeline.environment import environment
 from patchbank.pipeline.plan import bank_attributes, schema_for
-from patchbank.pipeline.shard import small_values_of, write_part
+from patchbank.pipeline.shard_rows import small_values_of, write_part
 from patchbank.pipeline.specs import (
     EncoderSpec,
     Grid,

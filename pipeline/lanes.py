@@ -1,0 +1,244 @@
+"""Encoder lanes: threads that each drive one batch after another through the encoder.
+
+A CPU has a lane for each core, and a lane does its sums alone: lanes never wait for each other,
+and tokens depend on no number of cores. A GPU has one lane, which only asks: the device works
+behind it, and the copies to and from pinned memory run on streams of their own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from patchbank.pipeline.decoding import DecodedBatch
+from patchbank.pipeline.encoding import ClockMarks, Encoding
+from patchbank.pipeline.environment import compute_alone, is_cpu
+from patchbank.pipeline.errors import AudioError
+from patchbank.pipeline.slots import WaveformSlot
+from patchbank.pipeline.stages import COPY, StageClock
+from patchbank.pipeline.tokens import PackedTokens, StoredTokens
+
+GPU_DEPTH = 3
+"""Batches of a shard that are on a GPU or on their way from it: while one is copied back, one is
+encoded and one waits."""
+GPU_SLOTS = 8
+T = TypeVar("T")
+
+
+@runtime_checkable
+class EncodedBatch(Protocol):
+    """Tokens on their way to the CPU."""
+
+    def wait(self) -> Mapping[str, StoredTokens]:
+        """The tokens by array, when they are there; valid until `release`."""
+        ...
+
+    def release(self) -> None:
+        """Lets other tokens have the memory."""
+        ...
+
+
+@runtime_checkable
+class Device(Protocol):
+    """How a batch comes to the encoder and its tokens back."""
+
+    def encode(self, slot: WaveformSlot, n_audio: Sequence[int | None]) -> EncodedBatch: ...
+
+
+class Lanes:
+    """The lanes of a worker."""
+
+    def __init__(self, encoding: Encoding, clock: StageClock, *, n_threads: int) -> None:
+        """`n_threads` is how many cores a CPU may use."""
+        self.encoding = encoding
+        kind = torch.device(encoding.device).type
+        self.n_lanes = n_threads if is_cpu(encoding.device) else 1
+        self.depth = self.n_lanes + 1 if is_cpu(encoding.device) else GPU_DEPTH
+        """Batches that a shard may have here before it writes the oldest."""
+        self._device: Device = (CudaDevice if kind == "cuda" else PlainDevice)(encoding, clock)
+        self._threads = ThreadPoolExecutor(
+            self.n_lanes, thread_name_prefix="encode", initializer=compute_alone
+        )
+
+    @property
+    def n_slots(self) -> int:
+        """Batches of waveforms that keep the lanes busy: as many as are encoded, as many ahead,
+        and what is being decoded."""
+        return 2 * self.n_lanes + 2 if is_cpu(self.encoding.device) else GPU_SLOTS
+
+    def submit(self, batch: DecodedBatch) -> Future[EncodedBatch]:
+        """Encodes a batch and gives its slot back; batches go in the order of the calls."""
+        n_audio = [
+            None if isinstance(clip, AudioError) else clip.n_audio_samples for clip in batch.clips
+        ]
+        return self._threads.submit(self._encode, batch.slot, n_audio)
+
+    def _encode(self, slot: WaveformSlot, n_audio: Sequence[int | None]) -> EncodedBatch:
+        return self._device.encode(slot, n_audio)
+
+    def run(self, function: Callable[..., T], *arguments: object) -> Future[T]:
+        """Has a lane call `function`."""
+        return self._threads.submit(function, *arguments)
+
+    def close(self) -> None:
+        self._threads.shutdown(cancel_futures=True)
+
+
+class PlainDevice:
+    """A CPU, and every device that has done its work when the call returns."""
+
+    def __init__(self, encoding: Encoding, clock: StageClock) -> None:
+        self._encoding, self._clock = encoding, clock
+
+    def encode(self, slot: WaveformSlot, n_audio: Sequence[int | None]) -> EncodedBatch:
+        marks = ClockMarks(self._clock)
+        try:
+            waveforms = slot.tensor(len(n_audio)).to(self._encoding.device)
+            is_full = len(n_audio) == len(slot.waveforms)
+            maps = self._encoding.maps(waveforms, n_audio, marks, is_full=is_full)
+        finally:
+            slot.release()
+        packed = self._encoding.pack(maps, n_audio, marks)
+        stored = {suffix: tokens.on_cpu() for suffix, tokens in packed.items()}
+        marks.after(COPY)
+        return _Arrived(stored)
+
+
+class _Arrived:
+    def __init__(self, stored: Mapping[str, StoredTokens]) -> None:
+        self._stored = stored
+
+    def wait(self) -> Mapping[str, StoredTokens]:
+        return self._stored
+
+    def release(self) -> None:
+        self._stored = {}
+
+
+class CudaMarks:
+    """Events on a stream, read when the device has passed them."""
+
+    def __init__(self, clock: StageClock) -> None:
+        self._clock = clock
+        self._events: list[tuple[str, torch.cuda.Event]] = []
+        self.after("")
+
+    def after(self, stage: str) -> None:
+        # A thread that spins on an event would take a core from the decoders.
+        event = torch.cuda.Event(enable_timing=True, blocking=True)
+        event.record()
+        self._events.append((stage, event))
+
+    def wait(self) -> None:
+        """Returns when the device has passed the last mark."""
+        self._events[-1][1].synchronize()
+
+    def settle(self) -> None:
+        """Adds up the times; every event has to be over."""
+        for (_, before), (stage, event) in zip(self._events, self._events[1:], strict=False):
+            self._clock.add(stage, before.elapsed_time(event) / 1000)
+
+
+class CudaDevice:
+    """A GPU: asks for copy, front end, encoder, packing and copy, and waits for none of them."""
+
+    def __init__(self, encoding: Encoding, clock: StageClock) -> None:
+        self._encoding, self._clock = encoding, clock
+        self._arriving, self._computing, self._leaving = (
+            torch.cuda.Stream(encoding.device) for _ in range(3)
+        )
+        self._buffers: list[dict[str, dict[str, Tensor]]] = []
+        self._lock = threading.Lock()
+
+    def encode(self, slot: WaveformSlot, n_audio: Sequence[int | None]) -> EncodedBatch:
+        try:
+            return self._encode(slot, n_audio)
+        except BaseException:
+            torch.cuda.synchronize(self._encoding.device)
+            slot.release()
+            raise
+
+    def _encode(self, slot: WaveformSlot, n_audio: Sequence[int | None]) -> EncodedBatch:
+        with torch.cuda.device(self._encoding.device):
+            with torch.cuda.stream(self._arriving):
+                arrival = CudaMarks(self._clock)
+                waveforms = slot.tensor(len(n_audio)).to(self._encoding.device, non_blocking=True)
+                arrival.after(COPY)
+            packed, work = self._compute(waveforms, n_audio, len(slot.waveforms))
+            with torch.cuda.stream(self._leaving):
+                self._leaving.wait_stream(self._computing)
+                departure = CudaMarks(self._clock)
+                buffer = self._buffer_for(packed, len(slot.waveforms))
+                host = {suffix: self._leave(packed[suffix], buffer[suffix]) for suffix in packed}
+                departure.after(COPY)
+        # The waveforms are there long before their tokens: the decoders get the memory back now.
+        arrival.wait()
+        slot.release()
+        return _Leaving(self, host, buffer, (arrival, work, departure))
+
+    def _compute(
+        self, waveforms: Float32[Tensor, "batch sample"], n_audio: Sequence[int | None], n_full: int
+    ) -> tuple[dict[str, PackedTokens], CudaMarks]:
+        with torch.cuda.stream(self._computing):
+            self._computing.wait_stream(self._arriving)
+            # Memory of one stream that another uses may not be given away too early.
+            waveforms.record_stream(self._computing)
+            work = CudaMarks(self._clock)
+            is_full = len(n_audio) == n_full
+            maps = self._encoding.maps(waveforms, n_audio, work, is_full=is_full)
+            return self._encoding.pack(maps, n_audio, work), work
+
+    def _leave(self, packed: PackedTokens, buffer: Mapping[str, Tensor]) -> PackedTokens:
+        host = {}
+        for name, tensor in packed.tensors().items():
+            tensor.record_stream(self._leaving)
+            host[name] = buffer[name][: len(tensor)].copy_(tensor, non_blocking=True)
+        return PackedTokens(packed.stored, **host)
+
+    def _buffer_for(
+        self, packed: Mapping[str, PackedTokens], batch_size: int
+    ) -> dict[str, dict[str, Tensor]]:
+        """Pinned memory for a full batch. There are as many as batches may be on their way."""
+        with self._lock:
+            if self._buffers:
+                return self._buffers.pop()
+        return {
+            suffix: {
+                name: torch.empty(
+                    (batch_size, *tensor.shape[1:]), dtype=tensor.dtype, pin_memory=True
+                )
+                for name, tensor in tokens.tensors().items()
+            }
+            for suffix, tokens in packed.items()
+        }
+
+    def give_back(self, buffer: dict[str, dict[str, Tensor]]) -> None:
+        with self._lock:
+            self._buffers.append(buffer)
+
+
+class _Leaving:
+    def __init__(
+        self,
+        device: CudaDevice,
+        host: Mapping[str, PackedTokens],
+        buffer: dict[str, dict[str, Tensor]],
+        marks: Sequence[CudaMarks],
+    ) -> None:
+        """`marks` in the order of the way; the last is passed when the tokens are here."""
+        self._device, self._host, self._buffer, self._marks = device, host, buffer, marks
+
+    def wait(self) -> Mapping[str, StoredTokens]:
+        self._marks[-1].wait()
+        for marks in self._marks:
+            marks.settle()
+        return {suffix: tokens.on_cpu() for suffix, tokens in self._host.items()}
+
+    def release(self) -> None:
+        self._device.give_back(self._buffer)
