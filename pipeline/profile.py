@@ -113,7 +113,7 @@ class Profile:
         rate = self.n_clips / self.elapsed_s if self.elapsed_s else 0.0
         lines = [
             f"{self.n_clips} clips in {self.elapsed_s:.1f} s, {rate:.1f} clips/s",
-            f"{'stage':<11}{'who':<16}{'threads':>7}{'busy s':>9}{'share':>7}{'alone, clips/s':>16}",
+            f"{'stage':<11}{'who':<16}{'threads':>7}{'busy s':>9}{'share':>7}{'clips/s alone':>16}",
         ]
         for stage in self.stages:
             alone = "" if stage.clips_per_s is None else f"{stage.clips_per_s:.0f}"
