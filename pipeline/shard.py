@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -77,6 +77,8 @@ class ExtractionJob:
     """`hf:org/repo@commit`, or an absolute path."""
     device: str
     n_decode_threads: int
+    n_threads: int | None = None
+    """Cores that a CPU computes with; None leaves it to torch."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class ShardReport:
     shard: int
     n_done: int
     n_failed: int
+    worker: str = ""
+    """Who has done it."""
 
 
 class ShardExtractor:
@@ -110,6 +114,8 @@ class ShardExtractor:
                 f"{socket.gethostname()} finds no encoder at {job.encoder}; every worker needs "
                 "the file under that path"
             )
+        if job.n_threads is not None:
+            torch.set_num_threads(job.n_threads)
         self._device = choose_device(job.device)
         expected = job.recipe.encoder.identity()
         self._encoder = reload_encoder(
@@ -211,7 +217,13 @@ class ShardExtractor:
                 raise
 
     def extract(
-        self, shard: int, clips: ShardClips, extraction: Json, *, is_last_call: bool = True
+        self,
+        shard: int,
+        clips: ShardClips,
+        extraction: Json,
+        *,
+        is_last_call: bool = True,
+        on_progress: Callable[[int], None] | None = None,
     ) -> ShardReport | None:
         """Decodes, encodes, writes and commits the rows of one shard.
 
@@ -219,7 +231,7 @@ class ShardExtractor:
         process works on, unless `is_last_call`: the answer is None, so that two runs on one bank
         share the work; who holds it may be dead on another machine, so that somebody has to do it
         in the end. `extraction` is what the bank's card says of the run: its batch size, and what
-        it was begun with.
+        it was begun with. `on_progress` is told after each batch how many rows are written.
         """
         if (report := self._committed(shard, clips)) is not None:
             return report
@@ -231,7 +243,7 @@ class ShardExtractor:
                 # A worker that was stopped for long may come here when all is done.
                 if (report := self._committed(shard, clips)) is not None:
                     return report
-                return self._extract(attempt, shard, clips, extraction)
+                return self._extract(attempt, shard, clips, extraction, on_progress)
         except (FileNotFoundError, FileExistsError, BankError):
             # A faster process that sealed the bank removes the attempts of the others.
             report = self._committed(shard, clips)
@@ -265,13 +277,20 @@ class ShardExtractor:
         return None
 
     def _extract(
-        self, attempt: Path, shard: int, clips: ShardClips, extraction: Json
+        self,
+        attempt: Path,
+        shard: int,
+        clips: ShardClips,
+        extraction: Json,
+        on_progress: Callable[[int], None] | None,
     ) -> ShardReport:
         facts: list[RowFacts] = []
         with ExitStack() as stack:
             writers = self._open_writers(stack, attempt, shard)
             for decoded in self._decoders.batches(clips, int(extraction["batch_size"])):
                 facts.extend(self._write_batch(decoded, writers))
+                if on_progress is not None:
+                    on_progress(len(facts))
             files = {suffix: writer.finish() for suffix, writer in writers.items()}
         self._refuse_hopeless(facts)
         digests = {suffix: file.digests for suffix, file in files.items()}
