@@ -19,7 +19,8 @@ def _bar(title: str, *columns: ProgressColumn, **fields: Any) -> Iterator[Callab
     from rich.progress import BarColumn, Progress, TextColumn
 
     first = (TextColumn("{task.description}"), BarColumn(bar_width=24))
-    bar = Progress(*first, *columns, console=Console(stderr=True))
+    # A batch of a large encoder on a CPU may take a minute: speed is that of the last five.
+    bar = Progress(*first, *columns, console=Console(stderr=True), speed_estimate_period=300)
     task = bar.add_task(title, total=None, **fields)
 
     def show(*, completed: float, total: float, **more: Callable[[float | None], str]) -> None:
@@ -65,16 +66,17 @@ def clip_bar(title: str) -> Iterator[Callable[[ExtractionProgress], None]]:
         TextColumn("{task.completed:.0f}/{task.total:.0f} clips"),
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[failed]}"),
+        TextColumn("{task.fields[failed]}{task.fields[workers]}"),
     )
-    with _bar(title, *columns, rate="", failed="") as show:
+    with _bar(title, *columns, rate="", failed="", workers="") as show:
 
         def step(state: ExtractionProgress) -> None:
             show(
-                completed=state.n_done + state.n_failed,
+                completed=state.n_encoded,
                 total=state.n_clips,
-                rate=lambda speed: f"{speed:.0f} clips/s" if speed else "",
-                failed=lambda _: f"{state.n_failed} failed" if state.n_failed else "",
+                rate=lambda speed: f"{speed:.{0 if speed > 9 else 1}f} clips/s" if speed else "",
+                failed=lambda _: f"{state.n_failed} failed " if state.n_failed else "",
+                workers=lambda _: f"{state.n_workers} workers" if state.n_workers > 1 else "",
             )
 
         yield step

@@ -13,6 +13,7 @@ import typer
 from patchbank.cli.bars import clip_bar
 from patchbank.cli.choices import Pad, StoredDType
 from patchbank.cli.encoder_options import FrontEndConstants, Preset, Weights, parse_constants
+from patchbank.cli.worker_options import Devices, Threads, WorkerCount
 from patchbank.pipeline.errors import PatchbankError
 
 if TYPE_CHECKING:
@@ -71,8 +72,11 @@ def extract(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     batch_size: Annotated[int | None, typer.Option(min=1, help="Clips encoded together.")] = None,
+    devices: Devices = None,
+    workers: WorkerCount = None,
+    threads: Threads = None,
     scheduler: Annotated[
-        str | None, typer.Option(help="Address of a Dask scheduler. [default: this process]")
+        str | None, typer.Option(help="Address of a Dask scheduler: its workers encode.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -96,6 +100,9 @@ def extract(
         device=device,
         batch_size=batch_size,
         scheduler=scheduler,
+        devices=devices,
+        n_workers=workers,
+        n_threads=threads,
         preset=preset,
         frontend=parse_constants(frontend),
     )
@@ -106,7 +113,7 @@ def extract(
         print_plan(extraction, as_json=json_output)
         return
     with clip_bar("extract") as progress:
-        bank = run_extraction(extraction, scheduler=scheduler, progress=progress)
+        bank = run_extraction(extraction, progress=progress)
     labels = write_labels(extraction.table, out)
     print_bank(bank, labels=labels, as_json=json_output)
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import typer
 
-from patchbank.cli import bank, check, demo, encoders, extract, predict, probes, train
+from patchbank.cli import bank, check, demo, encoders, extract, predict, probes, train, worker
 from patchbank.pipeline.errors import PatchbankError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("extract")(extract.extract)
+app.command("worker")(worker.worker)
 app.command("train-probe")(train.train_probe)
 app.command("predict")(predict.predict)
 app.command("encoders")(encoders.encoders)

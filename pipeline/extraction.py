@@ -6,7 +6,7 @@ A longer table over a sealed bank makes it grow: only the clips that are new are
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,19 +47,10 @@ from patchbank.pipeline.plan import (
 )
 from patchbank.pipeline.preparation import prepare as prepare
 from patchbank.pipeline.preparation import telling_of_a_full_disk
+from patchbank.pipeline.progress import Progress as Progress
 from patchbank.pipeline.settings import ExtractionSettings as ExtractionSettings
 from patchbank.pipeline.specs import Json
 from patchbank.pipeline.workers import Workers, open_workers
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far an extraction is."""
-
-    n_clips: int
-    """Clips that this run has to encode."""
-    n_done: int = 0
-    n_failed: int = 0
 
 
 def _check_committed_rows(extraction: Extraction) -> None:
@@ -76,12 +67,7 @@ def _check_committed_rows(extraction: Extraction) -> None:
             )
 
 
-def run(
-    extraction: Extraction,
-    *,
-    scheduler: str | None = None,
-    progress: Callable[[Progress], None] | None = None,
-) -> Bank:
+def run(extraction: Extraction, *, progress: Callable[[Progress], None] | None = None) -> Bank:
     """Does what is left of an extraction and seals the bank."""
     bank = extraction.bank
     with telling_of_a_full_disk(bank):
@@ -92,16 +78,14 @@ def run(
                 seal_bank(bank, extraction.plan.schema, recipe_id=extraction.job.recipe.recipe_id)
                 return open_bank(bank)
             try:
-                _advance(extraction, scheduler=scheduler, progress=progress)
+                _advance(extraction, progress)
             except (FileNotFoundError, FileExistsError, BankNotFound):
                 # The folder of a growth goes when another process has finished it.
                 if extraction.grows is None or is_current(extraction.grows):
                     raise
 
 
-def _advance(
-    extraction: Extraction, *, scheduler: str | None, progress: Callable[[Progress], None] | None
-) -> None:
+def _advance(extraction: Extraction, progress: Callable[[Progress], None] | None) -> None:
     """Does what is left and seals; less where another process was faster with something else."""
     bank, folder = extraction.bank, extraction.plan.folder
     if (folder / "zarr.json").is_file():
@@ -116,7 +100,7 @@ def _advance(
         check_same_growth(extraction)
     has_golden = extraction.grows is not None or (folder / "commits/golden.json").is_file()
     if extraction.plan.missing_shards or not has_golden:
-        with open_workers(extraction.job, scheduler) as workers:
+        with open_workers(extraction.job, extraction.workplace) as workers:
             if extraction.grows is None:
                 begun = _begin(extraction, workers)
                 if begun.grows is not None or begun.job.schema != extraction.job.schema:
@@ -187,15 +171,13 @@ def _extract_missing(
     extraction: Extraction, workers: Workers, progress: Callable[[Progress], None] | None
 ) -> None:
     plan = extraction.plan
-    extraction_facts = read_attributes(plan.folder)["card"]["extraction"]
-    shards = {
-        shard: _to_travel(extraction, _shard_clips(extraction, shard))
-        for shard in plan.missing_shards
-    }
-    state = Progress(sum(len(clips) for clips in shards.values()))
-    for report in workers.extract(shards, extraction_facts):
-        n_failed = state.n_failed + report.n_failed
-        state = replace(state, n_done=state.n_done + report.n_done, n_failed=n_failed)
+    begun_with = read_attributes(plan.folder)["card"]["extraction"]
+
+    def clips_of(shard: int) -> ShardClips:
+        return _to_travel(extraction, _shard_clips(extraction, shard))
+
+    n_clips = sum(len(plan.schema.clips_of(shard)) for shard in plan.missing_shards)
+    for state in workers.extract(plan.missing_shards, clips_of, begun_with, n_clips=n_clips):
         if progress is not None:
             progress(state)
 
@@ -243,4 +225,4 @@ def extract(
         audio_root=audio_root,
         settings=settings,
     )
-    return run(extraction, scheduler=settings.scheduler, progress=progress)
+    return run(extraction, progress=progress)

@@ -31,6 +31,7 @@ from patchbank.pipeline.manifest import ClipTable
 from patchbank.pipeline.plan import ExtractionPlan, plan_extraction
 from patchbank.pipeline.specs import Json
 from patchbank.pipeline.views import TableRows
+from patchbank.pipeline.workplace import Workplace
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Extraction:
     """The clips of the table with all the views that are made of them."""
     schema: BankSchema
     """Of a bank that is made of these at once."""
+    workplace: Workplace
     grows: Bank | None = None
     """The sealed bank that gets more clips; None where a bank is made."""
 

@@ -40,9 +40,9 @@ class ExtractionJob:
     weights: str | None
     """`hf:org/repo@commit`, or an absolute path."""
     device: str
-    n_decode_threads: int
-    n_threads: int
-    """Cores that a worker on a CPU encodes with."""
+    n_decode_threads: int | None = None
+    n_threads: int | None = None
+    """Cores that a worker on a CPU encodes with; None of either is what its machine has."""
     decode_in: DecodeIn = "threads"
     compiles: bool = False
     """Whether the encoder goes through `torch.compile`."""
@@ -101,6 +101,8 @@ class ShardReport:
     shard: int
     n_done: int
     n_failed: int
+    worker: str = ""
+    """Who has done it."""
     times: StageTimes = field(default_factory=StageTimes)
     """What the worker did since its last report, for this shard and for others."""
 

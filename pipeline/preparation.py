@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +21,13 @@ from patchbank.pipeline.plan import plan_extraction, schema_for
 from patchbank.pipeline.settings import ExtractionSettings
 from patchbank.pipeline.specs import Recipe
 from patchbank.pipeline.views import TableRows
+from patchbank.pipeline.workplace import (
+    LocalWorker,
+    Machine,
+    Workplace,
+    decode_threads,
+    local_workers,
+)
 
 if TYPE_CHECKING:
     from patchbank.pipeline.encoders.base import Encoder
@@ -74,6 +80,9 @@ def prepare(
         n_clips=len(rows),
     )
     bank = Path(out).absolute()
+    workplace = choose_workplace(settings, Machine.here())
+    # The workers of a scheduler choose for themselves: they may have what this machine lacks.
+    first = workplace.workers[0] if workplace.workers else None
     job = ExtractionJob(
         bank=bank,
         folder=bank,
@@ -82,17 +91,39 @@ def prepare(
         recipe=recipe,
         schema=schema,
         weights=reference,
-        # The workers of a scheduler choose for themselves: they may have what this machine lacks.
-        device=settings.device if settings.scheduler else choose_device(settings.device),
-        n_decode_threads=settings.n_decode_threads or min(8, os.cpu_count() or 1),
-        n_threads=os.cpu_count() or 1,
+        device=first.device if first else settings.device,
+        n_decode_threads=first.n_decode_threads if first else settings.n_decode_threads,
+        n_threads=first.n_threads if first else None,
     )
     plan = plan_extraction(bank, recipe, schema)
     with telling_of_a_full_disk(bank):
         # Which rows there are to do follows from the bank.
         return fit_to_bank(
-            Extraction(plan, table, table.clips, job, settings.batch_size, rows, schema)
+            Extraction(plan, table, table.clips, job, settings.batch_size, rows, schema, workplace)
         )
+
+
+def choose_workplace(settings: ExtractionSettings, machine: Machine) -> Workplace:
+    """The scheduler or the workers that settings ask for; raises where a device is not there."""
+    if settings.scheduler is not None:
+        return Workplace(settings.scheduler)
+    if settings.devices is None and settings.n_workers is None:
+        device = choose_device(settings.device)
+        return Workplace(workers=(_single_worker(settings, device, machine),))
+    return Workplace(
+        workers=local_workers(
+            machine,
+            devices=settings.devices,
+            n_workers=settings.n_workers,
+            n_threads=settings.n_threads,
+            n_decode_threads=settings.n_decode_threads,
+        )
+    )
+
+
+def _single_worker(settings: ExtractionSettings, device: str, machine: Machine) -> LocalWorker:
+    n_decode_threads = settings.n_decode_threads or decode_threads(machine, device, 1)
+    return LocalWorker(device, device, settings.n_threads or machine.n_cores, n_decode_threads)
 
 
 def choose_layers(encoder: Encoder, layers: str | tuple[int, ...]) -> tuple[int, ...]:

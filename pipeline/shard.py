@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
@@ -44,6 +44,7 @@ from patchbank.pipeline.slots import SlotRing
 from patchbank.pipeline.sound_file import FILE_IS_GONE
 from patchbank.pipeline.specs import Json
 from patchbank.pipeline.stages import DECODERS, LANES, WRITERS, StageClock, StageTimes
+from patchbank.pipeline.workplace import Machine, decode_threads
 
 T = TypeVar("T")
 
@@ -71,7 +72,9 @@ class ShardExtractor:
             constants=self._constants,
             compiles=job.compiles,
         )
-        self._lanes = Lanes(encoding, self._clock, n_threads=job.n_threads)
+        machine = Machine.here()
+        self._lanes = Lanes(encoding, self._clock, n_threads=job.n_threads or machine.n_cores)
+        self._n_decode_threads = job.n_decode_threads or decode_threads(machine, self._device, 1)
         self._writers = writer_threads()
         self._decoders: Decoders | None = None
         self._lock = threading.Lock()
@@ -117,8 +120,9 @@ class ShardExtractor:
             shares=in_processes,
         )
         decoder = ClipDecoder(self._job.audio_root, self._job.recipe, self._clock)
-        n_threads = self._job.n_decode_threads
-        return Decoders(decoder, ring, n_threads=n_threads, decode_in=self._job.decode_in)
+        return Decoders(
+            decoder, ring, n_threads=self._n_decode_threads, decode_in=self._job.decode_in
+        )
 
     def calibrate(
         self, clips: ShardClips, layers: tuple[int, ...], batch_size: int
@@ -200,7 +204,13 @@ class ShardExtractor:
                 raise
 
     def extract(
-        self, shard: int, clips: ShardClips, extraction: Json, *, is_last_call: bool = True
+        self,
+        shard: int,
+        clips: ShardClips,
+        extraction: Json,
+        *,
+        is_last_call: bool = True,
+        on_progress: Callable[[int], None] | None = None,
     ) -> ShardReport | None:
         """Decodes, encodes, writes and commits the rows of one shard.
 
@@ -208,7 +218,7 @@ class ShardExtractor:
         process works on, unless `is_last_call`: the answer is None, so that two runs on one bank
         share the work; who holds it may be dead on another machine, so that somebody has to do it
         in the end. `extraction` is what the bank's card says of the run: its batch size, and what
-        it was begun with.
+        it was begun with. `on_progress` is told after each batch how many rows are written.
         """
         with self._lock:
             if self._began_s is None:
@@ -225,7 +235,7 @@ class ShardExtractor:
                 # A worker that was stopped for long may come here when all is done.
                 if (report := self._committed(shard, clips)) is not None:
                     return report
-                return self._extract(attempt, shard, clips, extraction)
+                return self._extract(attempt, shard, clips, extraction, on_progress)
         except (FileNotFoundError, FileExistsError, BankError):
             # A faster process that sealed the bank removes the attempts of the others.
             report = self._committed(shard, clips)
@@ -242,7 +252,12 @@ class ShardExtractor:
         return None
 
     def _extract(
-        self, attempt: Path, shard: int, clips: ShardClips, extraction: Json
+        self,
+        attempt: Path,
+        shard: int,
+        clips: ShardClips,
+        extraction: Json,
+        on_progress: Callable[[int], None] | None,
     ) -> ShardReport:
         with ShardRows(
             attempt, shard, self._encoding, threads=self._writers, clock=self._clock
@@ -253,6 +268,8 @@ class ShardExtractor:
             ):
                 rows.write(decoded.popleft(), encoded.wait())
                 encoded.release()
+                if on_progress is not None:
+                    on_progress(len(rows.facts))
             self._refuse_hopeless(rows.facts)
             records = rows.finish(clips.clips)
         n_failed = sum(fact.failure is not None for fact in rows.facts)
@@ -263,7 +280,7 @@ class ShardExtractor:
         if here != {key: value for key, value in extraction.items() if key != "batch_size"}:
             record["extraction"] = [here]
         commit(self._job.folder, attempt, shard_name(shard), records, record)
-        return ShardReport(shard, n_done, n_failed, self._times())
+        return ShardReport(shard, n_done, n_failed, times=self._times())
 
     def _submitted(
         self, clips: ShardClips, batch_size: int, decoded: deque[list[Decoded]]
@@ -275,7 +292,7 @@ class ShardExtractor:
 
     def _times(self) -> StageTimes:
         threads = {
-            DECODERS: self._job.n_decode_threads,
+            DECODERS: self._n_decode_threads,
             LANES: self._lanes.n_lanes,
             WRITERS: n_writer_threads(),
         }

@@ -1,46 +1,39 @@
-"""Dask runs an extraction: in this process, or on the workers of a scheduler that exists."""
+"""What Dask workers do for an extraction: each keeps the encoder and works on shards."""
 
 from __future__ import annotations
 
-import threading
+import os
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
-from distributed import (
-    Client,
-    Future,
-    KilledWorker,
-    LocalCluster,
-    WorkerPlugin,
-    as_completed,
-    get_worker,
-)
+from distributed import Client, Future, WorkerPlugin, get_worker
 
 from patchbank.pipeline.bank.quantised import ChannelConstants
+from patchbank.pipeline.cluster import open_client
 from patchbank.pipeline.decoding import ShardClips
-from patchbank.pipeline.errors import PatchbankError
 from patchbank.pipeline.job import ExtractionJob, ShardReport
+from patchbank.pipeline.progress import OpenShards, Progress
 from patchbank.pipeline.shard import ShardExtractor
 from patchbank.pipeline.specs import Json
+from patchbank.pipeline.window import Window
+from patchbank.pipeline.workplace import DECODE_THREADS, DEVICE, THREADS, Workplace
 
-SHARDS_PER_WORKER = 2
-"""Shard tasks that run at once in a worker, so that its pipeline never drains between shards."""
-FIRST_WORKER_S = 60.0
-WITHOUT_WORKERS_S = 300.0
-"""How long an extraction waits for a first worker, and for another when all are lost."""
+PROGRESS_S = 1.0
+"""How often a worker tells of each shard that it has open."""
 T = TypeVar("T")
 
 
 class Workers:
     """The workers of a scheduler, each with the job's encoder; use `open_workers`."""
 
-    def __init__(self, client: Client, plugin: str, scheduler: str) -> None:
-        self._client, self._plugin, self._scheduler = client, plugin, scheduler
-        self._gave_up = False
+    def __init__(self, client: Client, plugin: str, window: Window) -> None:
+        self._client, self._plugin, self._window = client, plugin, window
+        self._open = OpenShards()
 
     def environment(self) -> Json:
         """Device, versions and threads of one worker."""
@@ -56,106 +49,79 @@ class Workers:
         """Commits the golden clip, where it is not."""
         self._call(_golden)
 
-    def extract(self, shards: Mapping[int, ShardClips], extraction: Json) -> Iterator[ShardReport]:
-        """Encodes and commits shards, each with its clips; reports come as they end.
+    def extract(
+        self,
+        shards: Sequence[int],
+        clips_of: Callable[[int], ShardClips],
+        extraction: Json,
+        *,
+        n_clips: int,
+    ) -> Iterator[Progress]:
+        """Encodes and commits shards, of `n_clips` in all, and tells how far it is on the way.
 
-        `extraction` is what the bank's card says of the run. Shards that another run works on come
-        last. The shards of a lost worker go to another; raises `PatchbankError` where none is left.
+        `clips_of` gives a shard's clips when its turn comes. `extraction` is what the bank's card
+        says of the run. Shards that another run works on come last. The shards of a lost worker go
+        to another; raises `PatchbankError` where none is left.
         """
-        left = dict(shards)
-        for report in self._extract(left, extraction, is_last_call=False):
-            if report is not None:
-                del left[report.shard]
-                yield report
-        for report in self._extract(left, extraction, is_last_call=True):
-            if report is not None:
-                yield report
+        state = Progress(n_clips)
+        self._client.subscribe_topic(self._plugin, self._open.note)
+        for is_last_call in (False, True):
+            begin = partial(self._begin, clips_of, extraction=extraction, is_last_call=is_last_call)
+            held = []
+            for ended in self._window.results(shards, begin):
+                state = replace(state, report=None)
+                if ended is not None:
+                    shard, report = ended
+                    self._open.end(shard)
+                    if report is None:
+                        held.append(shard)
+                    else:
+                        state = state.after(report)
+                workers = self._window.threads
+                n_open = self._open.n_clips(workers)
+                yield replace(state, n_open=n_open, n_workers=len(workers))
+            shards = held
 
-    def _extract(
-        self, shards: Mapping[int, ShardClips], extraction: Json, *, is_last_call: bool
-    ) -> Iterator[ShardReport | None]:
-        futures = [
-            self._client.submit(
-                _extract, self._plugin, shard, clips, extraction, is_last_call, pure=False
-            )
-            for shard, clips in list(shards.items())
-        ]
-        with self._watched(futures):
-            for future in as_completed(futures, loop=self._client.loop):
-                yield future.result()
-                future.release()
+    def _begin(
+        self,
+        clips_of: Callable[[int], ShardClips],
+        shard: int,
+        *,
+        extraction: Json,
+        is_last_call: bool,
+    ) -> Future[Any]:
+        self._open.begin(shard)
+        return self._client.submit(
+            _extract, self._plugin, shard, clips_of(shard), extraction, is_last_call, pure=False
+        )
 
     def _call(self, function: Callable[..., T], *arguments: object) -> T:
-        future = self._client.submit(function, self._plugin, *arguments, pure=False)
-        with self._watched([future]):
-            result: T = future.result()
+        def submit(function: Callable[..., T]) -> Future[T]:
+            return self._client.submit(function, self._plugin, *arguments, pure=False)
+
+        result: T
+        (result,) = (end[1] for end in self._window.results([function], submit) if end is not None)
         return result
-
-    @contextmanager
-    def _watched(self, futures: Sequence[Future[Any]]) -> Iterator[None]:
-        """Says what became of workers or scheduler where futures end without a result."""
-        ended = threading.Event()
-        watch = threading.Thread(target=self._watch, args=(futures, ended), daemon=True)
-        watch.start()
-        again = "run the same command again: what is committed is not done again"
-        try:
-            yield
-        except KilledWorker as error:
-            raise PatchbankError(
-                f"{error.allowed_failures + 1} Dask workers died over one piece of the work, the "
-                f"last at {error.last_worker.address}; look into its log (out of memory?), then "
-                f"{again}"
-            ) from error
-        except CancelledError as error:
-            if self._gave_up:
-                raise PatchbankError(
-                    f"no Dask worker for {WITHOUT_WORKERS_S:.0f} s; start some and {again}"
-                ) from error
-            what = "has dropped the work" if self._is_connected else "is gone"
-            raise PatchbankError(
-                f"the Dask scheduler at {self._scheduler} {what}; see that it runs and {again}"
-            ) from error
-        finally:
-            ended.set()
-            watch.join()
-
-    @property
-    def _is_connected(self) -> bool:
-        return bool(self._client.status == "running")
-
-    def _watch(self, futures: Sequence[Future[Any]], ended: threading.Event) -> None:
-        """Gives up where there has been no worker for too long."""
-        seen_s = time.monotonic()
-        while not ended.wait(1.0):
-            try:
-                # Without a scheduler the question would wait for half a minute.
-                there = self._is_connected and self._client.scheduler_info(n_workers=-1)["workers"]
-            except (OSError, KeyError, RuntimeError):
-                there = {}
-            if there:
-                seen_s = time.monotonic()
-            elif time.monotonic() - seen_s > WITHOUT_WORKERS_S:
-                self._gave_up = True
-                self._client.cancel(list(futures), force=True)
-                return
 
 
 @contextmanager
-def open_workers(job: ExtractionJob, scheduler: str | None) -> Iterator[Workers]:
-    """Workers for a job, on the scheduler at that address or in this process.
+def open_workers(job: ExtractionJob, workplace: Workplace) -> Iterator[Workers]:
+    """Workers for a job, of a scheduler that exists or of this machine.
 
     Raises `PatchbankError` where the scheduler cannot be reached or has no worker, and what a
     worker raises that cannot do the job: it does not see the bank, the audio or the weights.
     """
     # A scheduler may serve several extractions: each has a plugin of its own.
     plugin = f"patchbank-{uuid.uuid4().hex}"
-    with _client(scheduler) as client:
+    with open_client(workplace) as client:
         client.register_plugin(_ExtractionPlugin(job), name=plugin)
         try:
-            yield Workers(client, plugin, scheduler or "this process")
+            yield Workers(client, plugin, Window(client, str(workplace)))
         finally:
-            if client.status == "running":
-                client.unregister_worker_plugin(plugin)
+            # A worker that has just come may not have it yet.
+            with suppress(KeyError):
+                if client.status == "running":
+                    client.unregister_worker_plugin(plugin)
 
 
 class _ExtractionPlugin(WorkerPlugin):
@@ -167,15 +133,27 @@ class _ExtractionPlugin(WorkerPlugin):
         self.error: Exception | None = None
 
     def setup(self, worker: Any) -> None:
+        inside = worker.address.startswith("inproc:")
         # A worker that raises here would be shut down; other people's tasks may run on it.
         try:
-            self.extractor = ShardExtractor(self._job)
+            self.extractor = ShardExtractor(self._job if inside else job_here(self._job))
         except Exception as error:
             self.error = error
 
     def teardown(self, worker: Any) -> None:
         if self.extractor is not None:
             self.extractor.close()
+
+
+def job_here(job: ExtractionJob) -> ExtractionJob:
+    """A job with the device and the threads of the worker process that it has come to."""
+    n_threads, n_decode_threads = os.environ.get(THREADS), os.environ.get(DECODE_THREADS)
+    return replace(
+        job,
+        device=os.environ.get(DEVICE, job.device),
+        n_threads=int(n_threads) if n_threads else job.n_threads,
+        n_decode_threads=int(n_decode_threads) if n_decode_threads else job.n_decode_threads,
+    )
 
 
 def _extractor(plugin_name: str) -> ShardExtractor:
@@ -204,38 +182,25 @@ def _golden(plugin_name: str) -> None:
 def _extract(
     plugin_name: str, shard: int, clips: ShardClips, extraction: Json, is_last_call: bool
 ) -> ShardReport | None:
-    return _extractor(plugin_name).extract(shard, clips, extraction, is_last_call=is_last_call)
+    report = _extractor(plugin_name).extract(
+        shard,
+        clips,
+        extraction,
+        is_last_call=is_last_call,
+        on_progress=_teller(plugin_name, shard),
+    )
+    return None if report is None else replace(report, worker=str(get_worker().name))
 
 
-@contextmanager
-def _client(scheduler: str | None) -> Iterator[Client]:
-    if scheduler is not None:
-        try:
-            client = Client(scheduler, set_as_default=False)
-        except (OSError, ValueError, TimeoutError) as error:
-            raise PatchbankError(
-                f"no Dask scheduler answers at {scheduler}; start one with `dask scheduler`"
-            ) from error
-        with client:
-            try:
-                client.wait_for_workers(1, timeout=FIRST_WORKER_S)
-            except TimeoutError as error:
-                raise PatchbankError(
-                    f"the scheduler at {scheduler} has no worker; start one with "
-                    f"`dask worker {scheduler}` where patchbank is installed"
-                ) from error
-            yield client
-        return
-    with (
-        LocalCluster(
-            n_workers=1,
-            threads_per_worker=SHARDS_PER_WORKER,
-            processes=False,
-            # The default would listen on every interface of the machine.
-            dashboard_address="127.0.0.1:0",
-            worker_dashboard_address="127.0.0.1:0",
-            silence_logs=50,
-        ) as cluster,
-        Client(cluster, set_as_default=False) as client,
-    ):
-        yield client
+def _teller(topic: str, shard: int) -> Callable[[int], None]:
+    """What tells the client how many clips of a shard are encoded, about once a second."""
+    worker, told_s = get_worker(), -PROGRESS_S
+
+    def tell(n_clips: int) -> None:
+        nonlocal told_s
+        now = time.monotonic()
+        if now - told_s >= PROGRESS_S:
+            told_s = now
+            worker.log_event(topic, {"shard": shard, "n_clips": n_clips})
+
+    return tell

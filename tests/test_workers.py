@@ -20,7 +20,8 @@ from distributed import LocalCluster
 from fake_bank import SETTINGS
 from killable import PATIENCE_S, Forks, Moment, Run
 
-from patchbank.pipeline import workers
+from patchbank.pipeline import cluster as cluster_module
+from patchbank.pipeline import window
 from patchbank.pipeline.bank import open_bank
 from patchbank.pipeline.decoding import ShardClips
 from patchbank.pipeline.errors import BankError, EncoderError, ManifestError, PatchbankError
@@ -123,12 +124,12 @@ def test_an_extraction_without_workers_ends_and_is_finished_later(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(workers, "WITHOUT_WORKERS_S", 1.0)
+    monkeypatch.setattr(window, "WITHOUT_WORKERS_S", 1.0)
     (lonely,) = cluster.workers("lonely")
     settings = replace(SETTINGS, scheduler=cluster.address)
 
     def kill_it(progress: Progress) -> None:
-        if lonely.runs:
+        if progress.n_done and lonely.runs:
             lonely.kill()
 
     bank = tmp_path / "x.bank"
@@ -191,13 +192,13 @@ def test_a_scheduler_that_does_not_answer_is_named(table: Path, tmp_path: Path) 
 def test_a_scheduler_without_workers_is_named(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "FIRST_WORKER_S", 0.2)
+    monkeypatch.setattr(cluster_module, "FIRST_WORKER_S", 0.2)
     with LocalCluster(
         n_workers=0, processes=False, dashboard_address="127.0.0.1:0", silence_logs=50
     ) as empty:
         address = empty.scheduler_address
         settings = replace(SETTINGS, scheduler=address)
-        words = rf"the scheduler at {address} has no worker; start one with `dask worker {address}`"
+        words = rf"at {address} has no worker; start some with `patchbank worker {address}`"
         with pytest.raises(PatchbankError, match=words):
             extract(table, encoder="fake", out=tmp_path / "x.bank", settings=settings)
     assert not (tmp_path / "x.bank").exists()
@@ -231,7 +232,7 @@ def test_a_worker_names_itself_and_the_path_that_it_does_not_see(
 def test_a_worker_that_sees_another_disk_stops_the_extraction(
     hidden: str, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "WITHOUT_WORKERS_S", 30.0)
+    monkeypatch.setattr(window, "WITHOUT_WORKERS_S", 30.0)
     places = {name: tmp_path / name for name in ("bank", "audio", "weights")}
     for place in places.values():
         place.mkdir()
