@@ -22,6 +22,21 @@ class StoredDType(Enum):
     int4 = "int4"
 
 
+class Compute(Enum):
+    """Types that an encoder computes in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class DecodeIn(Enum):
+    """Where audio is decoded."""
+
+    threads = "threads"
+    processes = "processes"
+
+
 class TaskKind(Enum):
     """What labels mean: any number of classes a clip, or exactly one."""
 

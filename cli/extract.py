@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from patchbank.cli.bars import clip_bar
-from patchbank.cli.choices import Pad, StoredDType
+from patchbank.cli.choices import Compute, DecodeIn, Pad, StoredDType
 from patchbank.cli.encoder_options import FrontEndConstants, Preset, Weights, parse_constants
+from patchbank.cli.extract_report import print_bank, print_plan, write_labels
 from patchbank.cli.worker_options import Devices, Threads, WorkerCount
-from patchbank.pipeline.errors import PatchbankError
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
-    from patchbank.pipeline.bank import Bank
-    from patchbank.pipeline.fitting import Extraction
-    from patchbank.pipeline.manifest import ClipTable
-
-
-MOST_FAILED_VIEWS = 5
-"""That are told one by one where they failed for the same reason."""
+    from patchbank.pipeline.extraction import Progress
+    from patchbank.pipeline.job import ShardReport
 
 
 def extract(
@@ -71,7 +61,20 @@ def extract(
         int | None, typer.Option(min=0, help="What views are drawn from. [default: 0]")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
-    batch_size: Annotated[int | None, typer.Option(min=1, help="Clips encoded together.")] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Clips encoded together. [default: 4; on a GPU 64, if they fit]"),
+    ] = None,
+    compute: Annotated[
+        Compute | None,
+        typer.Option(help="What to compute in. [default: bfloat16 on a GPU that has it]"),
+    ] = None,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="Compile the encoder (torch.compile).")
+    ] = False,
+    decode_in: Annotated[
+        DecodeIn, typer.Option(help="processes for codecs that hold Python's lock.")
+    ] = DecodeIn.threads,
     devices: Devices = None,
     workers: WorkerCount = None,
     threads: Threads = None,
@@ -79,6 +82,12 @@ def extract(
         str | None, typer.Option(help="Address of a Dask scheduler: its workers encode.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="With --dry-run: encode some clips, tell the hours.")
+    ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say where the time went, and what to fix next.")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Run a frozen encoder over audio once and keep its patch tokens.
@@ -90,6 +99,8 @@ def extract(
     from patchbank.pipeline.extraction import run as run_extraction
     from patchbank.pipeline.specs import WindowSpec
 
+    if measure and not dry_run:
+        raise typer.BadParameter("--measure goes with --dry-run")
     settings = ExtractionSettings(
         window=WindowSpec(window_s, hop_s or window_s, pad.value),
         layers=parse_layers(layers),
@@ -99,6 +110,9 @@ def extract(
         augment=parse_augment(augment or [], n_views=views, seed=augment_seed),
         device=device,
         batch_size=batch_size,
+        compute_dtype=compute.value if compute else None,
+        compiles=compile_,
+        decode_in=decode_in.value,
         scheduler=scheduler,
         devices=devices,
         n_workers=workers,
@@ -110,12 +124,31 @@ def extract(
         clips, encoder=encoder, out=out, weights=weights, audio_root=audio_root, settings=settings
     )
     if dry_run:
-        print_plan(extraction, as_json=json_output)
+        forecast = None
+        if measure:
+            from patchbank.pipeline.measure import measure as measure_clips
+
+            with clip_bar("measure") as progress:
+                forecast = measure_clips(extraction, progress=progress)
+        print_plan(extraction, forecast, as_json=json_output)
         return
+    reports: list[ShardReport] = []
     with clip_bar("extract") as progress:
-        bank = run_extraction(extraction, progress=progress)
+
+        def watch(state: Progress) -> None:
+            progress(state)
+            if state.report is not None:
+                reports.append(state.report)
+
+        bank = run_extraction(extraction, progress=watch)
+    found = None
+    if profile:
+        from patchbank.pipeline.profile import profile_of, write_profile
+
+        found = profile_of(reports)
+        write_profile(bank.path, found)
     labels = write_labels(extraction.table, out)
-    print_bank(bank, labels=labels, as_json=json_output)
+    print_bank(bank, labels=labels, profile=found, as_json=json_output)
 
 
 def parse_layers(text: str) -> str | tuple[int, ...]:
@@ -126,100 +159,3 @@ def parse_layers(text: str) -> str | tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise typer.BadParameter(f"--layers takes last, all, or 3,6,12; found {text!r}") from None
-
-
-def print_plan(extraction: Extraction, *, as_json: bool) -> None:
-    """What an extraction would do, on stdout."""
-    import json
-
-    from patchbank.pipeline.bank.view_columns import count_views
-    from patchbank.pipeline.specs import human_bytes
-
-    plan = extraction.plan
-    facts = {
-        "clips": plan.schema.n_clips,
-        "views": count_views(extraction.clips),
-        "clips_missing": sum(len(plan.schema.rows_of(shard)) for shard in plan.missing_shards),
-        "shards": plan.schema.n_shards,
-        "shards_missing": len(plan.missing_shards),
-        "bytes": plan.total_bytes,
-        "bytes_missing": plan.missing_bytes,
-        "bytes_free": plan.free_bytes,
-        "layers": {
-            spec.layer: {
-                "grid": [plan.schema.grids[spec.layer].time, plan.schema.grids[spec.layer].freq],
-                "dim": spec.dim,
-                "prefix": spec.n_prefix,
-            }
-            for spec in plan.schema.layers
-        },
-    }
-    plan.check_space()
-    if as_json:
-        print(json.dumps(facts))
-        return
-    views = f", {facts['views']} of them views" if facts["views"] else ""
-    print(f"clips    {facts['clips']}{views}, {facts['clips_missing']} to encode")
-    print(f"shards   {facts['shards']}, {facts['shards_missing']} still to do")
-    for spec in plan.schema.layers:
-        grid = plan.schema.grids[spec.layer]
-        print(f"layer {spec.layer:<2} {grid.time} x {grid.freq} patches of {spec.dim}")
-    print(f"size     {human_bytes(plan.total_bytes)}, {human_bytes(plan.missing_bytes)} to write")
-    print(f"free     {human_bytes(plan.free_bytes)} at {extraction.bank.parent}")
-
-
-def write_labels(table: ClipTable, out: Path) -> Path | None:
-    """The labels of a folder of class folders, as X.labels.csv beside X.bank.
-
-    A file that is there already may have been corrected by hand: it is left alone.
-    """
-    if table.labels is None:
-        return None
-    from pyarrow import csv
-
-    path = out.with_name(f"{out.stem}.labels.csv")
-    if not path.exists():
-        draft = path.with_name(f".{path.name}.draft")
-        csv.write_csv(table.labels, draft)
-        draft.replace(path)
-    return path
-
-
-def failures(clips: pa.Table) -> Iterator[str]:
-    """A line for each clip that failed, by name, and for each view; of more than
-    `MOST_FAILED_VIEWS` views that failed for one reason, a line for all."""
-    rows = clips.select(["clip_id", "view", "status", "reason"]).to_pylist()
-    failed = [row for row in rows if row["status"] == 2]
-    alike = Counter(row["reason"] for row in failed if row["view"])
-    told = set()
-    for row in failed:
-        reason, name = row["reason"], row["clip_id"]
-        if not row["view"]:
-            yield f"failed: {name}: {reason}"
-        elif alike[reason] <= MOST_FAILED_VIEWS:
-            yield f"failed: view {row['view']} of {name}: {reason}"
-        elif reason not in told:
-            told.add(reason)
-            yield f"failed: {alike[reason]} views, first view {row['view']} of {name}: {reason}"
-
-
-def print_bank(bank: Bank, *, labels: Path | None, as_json: bool) -> None:
-    """What a bank holds, on stdout; failed clips on stderr."""
-    import json
-
-    n_failed = int((bank.status == 2).sum())
-    if n_failed == bank.n_clips:
-        reason = bank.clips["reason"][0].as_py()
-        raise PatchbankError(
-            f"all {n_failed} clips of {bank.path} failed (first: {reason}); check the audio and "
-            "--audio-root, then extract to another --out"
-        )
-    if as_json:
-        facts = {"bank": str(bank.path), "fingerprint": bank.fingerprint, "clips": bank.n_clips}
-        print(json.dumps(facts | {"failed": n_failed, "labels": str(labels) if labels else None}))
-        return
-    for line in failures(bank.clips):
-        print(line, file=sys.stderr)
-    print(f"{bank.path}: {bank.n_clips} clips, {n_failed} failed, {bank.fingerprint[:12]}")
-    if labels:
-        print(f"{labels}: labels from the folder names")

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from multiprocessing import resource_tracker
-from typing import Any
+from typing import Any, TypeVar
 
 import dask
 from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster, rpc
@@ -25,6 +25,7 @@ SHARDS_PER_WORKER = 2
 FIRST_WORKER_S = 60.0
 """How long an extraction waits for a first worker."""
 LOOPBACK = "127.0.0.1"
+T = TypeVar("T")
 UNSEEN = {"dashboard_address": f"{LOOPBACK}:0"}
 """Dask's default would listen on every interface of the machine."""
 PROCESSES = {
@@ -67,6 +68,13 @@ def _connected(scheduler: str) -> Iterator[Client]:
                 f"{scheduler}` where patchbank is installed"
             ) from error
         yield client
+
+
+def ask_worker(scheduler: str, function: Callable[..., T], *arguments: object) -> T:
+    """What a function says on some worker; raises as `open_client` does."""
+    with _connected(scheduler) as client:
+        answer: T = client.submit(function, *arguments, pure=False).result()
+        return answer
 
 
 def _check_address(scheduler: str) -> None:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,7 @@ from patchbank.pipeline.draws import Draw, draws_of
 from patchbank.pipeline.environment import compute_alone
 from patchbank.pipeline.errors import AudioError, PatchbankError
 from patchbank.pipeline.slots import SlotRing, WaveformSlot, map_slots
-from patchbank.pipeline.specs import Recipe
+from patchbank.pipeline.specs import DecodeIn, Recipe
 from patchbank.pipeline.stages import StageClock
 from patchbank.pipeline.view_audio import made_view
 
@@ -35,7 +35,6 @@ READ_AHEAD_BATCHES = 2
 """Of each shard, under way while another is in the encoder."""
 SHARED_BATCHES = 2
 """Decoded clips that the rows of a shard share: as many waveforms as these batches have."""
-DecodeIn = Literal["threads", "processes"]
 Stretch = Mapping[str, Any]
 """Where the audio of a clip lies: the columns `STRETCH`."""
 STRETCH = ("path", "start_s", "duration_s")

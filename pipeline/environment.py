@@ -8,8 +8,10 @@ from importlib.metadata import version
 import torch
 
 from patchbank.pipeline.errors import EncoderError
-from patchbank.pipeline.specs import Json
+from patchbank.pipeline.specs import ComputeDType, Json
 
+BFLOAT16_CAPABILITY = (8, 0)
+"""NVIDIA's compute capability from which on bfloat16 is no emulation."""
 PACKAGES = ("patchbank", "torch", "torchaudio", "zarr", "numpy")
 
 
@@ -27,6 +29,14 @@ def choose_device(device: str) -> str:
 
 def is_cpu(device: str) -> bool:
     return torch.device(device).type == "cpu"
+
+
+def default_compute_dtype(device: str) -> ComputeDType:
+    """What an encoder computes in where nobody says: bfloat16 on a GPU that has it."""
+    kind = torch.device(choose_device(device))
+    if kind.type == "cuda" and torch.cuda.get_device_capability(kind) >= BFLOAT16_CAPABILITY:
+        return "bfloat16"
+    return "float32"
 
 
 def compute_alone() -> None:
@@ -48,8 +58,3 @@ def environment(device: str) -> Json:
         "versions": {name: version(name) for name in PACKAGES},
         **threads,
     }
-
-
-def default_batch_size(device: str) -> int:
-    """Clips encoded together where nobody says how many."""
-    return 16 if device == "cpu" else 64

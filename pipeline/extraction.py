@@ -26,7 +26,6 @@ from patchbank.pipeline.bank.identity import rows_digest
 from patchbank.pipeline.bank.quantised import (
     CALIBRATION_CLIPS,
     CALIBRATION_SEED,
-    ChannelConstants,
     quantisation_recipe,
 )
 from patchbank.pipeline.bank.reader import Bank, open_bank
@@ -35,7 +34,6 @@ from patchbank.pipeline.bank.seal import seal_bank
 from patchbank.pipeline.bank.seal_record import SEAL
 from patchbank.pipeline.decoding import STRETCH, ShardClips
 from patchbank.pipeline.draws import draws_of
-from patchbank.pipeline.environment import default_batch_size
 from patchbank.pipeline.errors import (
     BankCorrupt,
     BankNotFound,
@@ -121,25 +119,30 @@ def _replanned(extraction: Extraction) -> Extraction:
 
 def _begin(extraction: Extraction, workers: Workers) -> Extraction:
     """The skeleton of a bank and the golden clip, where they are not there yet."""
-    bank = extraction.bank
-    if not (bank / "zarr.json").is_file():
-        here = workers.environment()
-        batch_size = extraction.batch_size or default_batch_size(here["device"])
-        constants = _calibrate(extraction, workers, batch_size)
-        recipe = extraction.job.recipe
-        if constants:
-            recipe = replace(
-                recipe, quantisation=quantisation_recipe(recipe.stored_dtype, constants)
-            )
-        attributes = bank_attributes(
-            recipe, extraction.plan.schema, extraction.clips, {"batch_size": batch_size, **here}
-        )
-        arrays = {layer: value.arrays() for layer, value in constants.items()}
-        create_skeleton(bank, extraction.plan.schema, attributes, arrays)
+    if not (extraction.bank / "zarr.json").is_file():
+        order = np.random.default_rng(CALIBRATION_SEED).permutation(len(extraction.clips))
+        chosen = extraction.clips.take(np.sort(order[:CALIBRATION_CLIPS]))
+        begin_bank(extraction, workers, to_travel(extraction, chosen))
         # Another process may have been faster, with other settings.
         extraction = fit_to_bank(extraction)
     workers.golden()
     return extraction
+
+
+def begin_bank(extraction: Extraction, workers: Workers, calibration: ShardClips) -> None:
+    """Makes the skeleton of a bank, with the constants of a quantised one."""
+    schema, recipe = extraction.plan.schema, extraction.job.recipe
+    here = workers.environment()
+    batch_size = extraction.batch_size or workers.batch_size()
+    arrays = {}
+    if schema.stored.is_quantised:
+        constants = workers.calibrate(calibration, recipe.layers, batch_size)
+        quantisation = quantisation_recipe(recipe.stored_dtype, constants)
+        recipe = replace(recipe, quantisation=quantisation)
+        arrays = {layer: value.arrays() for layer, value in constants.items()}
+    begun_with = {"batch_size": batch_size, **here}
+    attributes = bank_attributes(recipe, schema, extraction.clips, begun_with)
+    create_skeleton(extraction.bank, schema, attributes, arrays)
 
 
 def _grown_attributes(extraction: Extraction) -> Json:
@@ -155,18 +158,6 @@ def _grown_attributes(extraction: Extraction) -> Json:
     )
 
 
-def _calibrate(
-    extraction: Extraction, workers: Workers, batch_size: int
-) -> dict[int, ChannelConstants]:
-    """Channel constants of a quantised bank, from clips that a seed draws."""
-    if not extraction.plan.schema.stored.is_quantised:
-        return {}
-    order = np.random.default_rng(CALIBRATION_SEED).permutation(len(extraction.clips))
-    chosen = np.sort(order[:CALIBRATION_CLIPS])
-    clips = _to_travel(extraction, extraction.clips.take(chosen))
-    return workers.calibrate(clips, extraction.job.recipe.layers, batch_size)
-
-
 def _extract_missing(
     extraction: Extraction, workers: Workers, progress: Callable[[Progress], None] | None
 ) -> None:
@@ -174,7 +165,7 @@ def _extract_missing(
     begun_with = read_attributes(plan.folder)["card"]["extraction"]
 
     def clips_of(shard: int) -> ShardClips:
-        return _to_travel(extraction, _shard_clips(extraction, shard))
+        return to_travel(extraction, _shard_clips(extraction, shard))
 
     n_clips = sum(len(plan.schema.clips_of(shard)) for shard in plan.missing_shards)
     for state in workers.extract(plan.missing_shards, clips_of, begun_with, n_clips=n_clips):
@@ -191,7 +182,7 @@ def _shard_clips(extraction: Extraction, shard: int) -> pa.Table:
     )
 
 
-def _to_travel(extraction: Extraction, clips: pa.Table) -> ShardClips:
+def to_travel(extraction: Extraction, clips: pa.Table) -> ShardClips:
     """Rows of an extraction, with the clips that are mixed into them."""
     if extraction.job.recipe.augment is None:
         return ShardClips(clips)

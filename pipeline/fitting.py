@@ -29,7 +29,7 @@ from patchbank.pipeline.errors import BankError, BankMismatch, PatchbankError
 from patchbank.pipeline.job import ExtractionJob
 from patchbank.pipeline.manifest import ClipTable
 from patchbank.pipeline.plan import ExtractionPlan, plan_extraction
-from patchbank.pipeline.specs import Json
+from patchbank.pipeline.specs import ComputeDType, Json
 from patchbank.pipeline.views import TableRows
 from patchbank.pipeline.workplace import Workplace
 
@@ -46,6 +46,8 @@ class Extraction:
     ones."""
     job: ExtractionJob
     batch_size: int | None
+    compute_dtype: ComputeDType | None
+    """As asked for; None takes what a bank began with."""
     rows: TableRows
     """The clips of the table with all the views that are made of them."""
     schema: BankSchema
@@ -95,7 +97,10 @@ def _with_recipe_of(card: Json, extraction: Extraction, sealed: Bank | None) -> 
             f"{bank} is an unfinished `patchbank bank merge` or `convert`: run that command again, "
             "or choose another --out"
         )
-    expected, found = recipe.identity(), recipe_of_card(card)
+    found = recipe_of_card(card)
+    if extraction.compute_dtype is None:
+        recipe = replace(recipe, compute_dtype=found["compute_dtype"])
+    expected = recipe.identity()
     constants = found["quantisation"].get("constants_sha256")
     if constants is not None and expected["quantisation"]:
         quantisation = recipe.quantisation | {"constants_sha256": constants}

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from patchbank.pipeline.bank.card import read_attributes, recipe_of_card
 from patchbank.pipeline.bank.schema import BankSchema
-from patchbank.pipeline.decoding import DecodeIn
 from patchbank.pipeline.encoders import reload_encoder
 from patchbank.pipeline.encoders.base import Encoder
 from patchbank.pipeline.encoders.discovery import is_file
@@ -21,7 +20,7 @@ from patchbank.pipeline.errors import (
     ManifestError,
     Problem,
 )
-from patchbank.pipeline.specs import Json, Recipe, differing_fields
+from patchbank.pipeline.specs import DecodeIn, Json, Recipe, differing_fields
 from patchbank.pipeline.stages import StageTimes
 
 

@@ -28,6 +28,11 @@ GPU_DEPTH = 3
 """Batches of a shard that are on a GPU or on their way from it: while one is copied back, one is
 encoded and one waits."""
 GPU_SLOTS = 8
+CPU_BATCH = 4
+"""What a core computes on its own stays in its caches."""
+GPU_BATCH = 64
+GPU_SHARE = 0.6
+"""Of a GPU's memory, that a batch may take; the next one's waveforms and tokens are there too."""
 T = TypeVar("T")
 
 
@@ -71,6 +76,32 @@ class Lanes:
         """Batches of waveforms that keep the lanes busy: as many as are encoded, as many ahead,
         and what is being decoded."""
         return 2 * self.n_lanes + 2 if is_cpu(self.encoding.device) else GPU_SLOTS
+
+    def batch_size(self) -> int:
+        """Clips that are encoded together where nobody says how many.
+
+        On a GPU what it can hold decides, and no timing, so that a second run chooses the same.
+        """
+        if is_cpu(self.encoding.device):
+            return CPU_BATCH
+        size = GPU_BATCH
+        while size > 1 and not self.run(self._fits, size).result():
+            size //= 2
+        return size
+
+    def _fits(self, size: int) -> bool:
+        device = torch.device(self.encoding.device)
+        waveforms = torch.zeros(size, self.encoding.n_samples, device=device)
+        if device.type != "cuda":
+            return True
+        try:
+            torch.cuda.reset_peak_memory_stats(device)
+            self.encoding.maps(waveforms, [None] * size, CudaMarks(StageClock()))
+            peak_bytes = torch.cuda.max_memory_reserved(device)
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return False
+        return peak_bytes < GPU_SHARE * torch.cuda.get_device_properties(device).total_memory
 
     def submit(self, batch: DecodedBatch) -> Future[EncodedBatch]:
         """Encodes a batch and gives its slot back; batches go in the order of the calls."""

@@ -12,14 +12,14 @@ from patchbank.pipeline.bank.quantised import quantisation_recipe
 from patchbank.pipeline.encoders import load_encoder
 from patchbank.pipeline.encoders.discovery import absolute_reference
 from patchbank.pipeline.encoders.hub import locate_weights
-from patchbank.pipeline.environment import choose_device
+from patchbank.pipeline.environment import choose_device, default_compute_dtype
 from patchbank.pipeline.errors import EncoderError, PatchbankError
 from patchbank.pipeline.fitting import Extraction, fit_to_bank
 from patchbank.pipeline.job import ExtractionJob
 from patchbank.pipeline.manifest import read_manifest
 from patchbank.pipeline.plan import plan_extraction, schema_for
 from patchbank.pipeline.settings import ExtractionSettings
-from patchbank.pipeline.specs import Recipe
+from patchbank.pipeline.specs import ComputeDType, Recipe
 from patchbank.pipeline.views import TableRows
 from patchbank.pipeline.workplace import (
     LocalWorker,
@@ -56,11 +56,15 @@ def prepare(
         preset=settings.preset,
         frontend=settings.frontend,
     )
+    workplace = choose_workplace(settings, Machine.here())
+    # The workers of a scheduler choose for themselves: they may have what this machine lacks.
+    first = workplace.workers[0] if workplace.workers else None
     recipe = Recipe(
         encoder=model.spec,
         window=settings.window,
         layers=choose_layers(model, settings.layers),
         stored_dtype=settings.stored_dtype,
+        compute_dtype=settings.compute_dtype or usual_compute_dtype(workplace, settings.device),
         mask_padding=settings.mask_padding,
         quantisation=quantisation_recipe(settings.stored_dtype),
         augment=settings.augment,
@@ -80,9 +84,6 @@ def prepare(
         n_clips=len(rows),
     )
     bank = Path(out).absolute()
-    workplace = choose_workplace(settings, Machine.here())
-    # The workers of a scheduler choose for themselves: they may have what this machine lacks.
-    first = workplace.workers[0] if workplace.workers else None
     job = ExtractionJob(
         bank=bank,
         folder=bank,
@@ -94,13 +95,34 @@ def prepare(
         device=first.device if first else settings.device,
         n_decode_threads=first.n_decode_threads if first else settings.n_decode_threads,
         n_threads=first.n_threads if first else None,
+        decode_in=settings.decode_in,
+        compiles=settings.compiles,
     )
     plan = plan_extraction(bank, recipe, schema)
     with telling_of_a_full_disk(bank):
         # Which rows there are to do follows from the bank.
         return fit_to_bank(
-            Extraction(plan, table, table.clips, job, settings.batch_size, rows, schema, workplace)
+            Extraction(
+                plan=plan,
+                table=table,
+                clips=table.clips,
+                job=job,
+                batch_size=settings.batch_size,
+                compute_dtype=settings.compute_dtype,
+                rows=rows,
+                schema=schema,
+                workplace=workplace,
+            )
         )
+
+
+def usual_compute_dtype(workplace: Workplace, device: str) -> ComputeDType:
+    """What the workers compute in where nobody says; asks one of a scheduler's."""
+    if workplace.scheduler is not None:
+        from patchbank.pipeline.cluster import ask_worker
+
+        return ask_worker(workplace.scheduler, default_compute_dtype, device)
+    return default_compute_dtype(workplace.workers[0].device)
 
 
 def choose_workplace(settings: ExtractionSettings, machine: Machine) -> Workplace:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
+from patchbank.pipeline.bank.writer import write_durably
 from patchbank.pipeline.job import ShardReport
-from patchbank.pipeline.specs import Json
+from patchbank.pipeline.specs import Json, human_bytes
 from patchbank.pipeline.stages import (
     COPY,
     DECODE,
@@ -57,6 +60,8 @@ class Profile:
     n_clips: int
     elapsed_s: float
     """From the first shard's start to the last shard's end."""
+    peak_bytes: int
+    """The most memory that the process of a worker held."""
     stages: tuple[StageShare, ...]
 
     @property
@@ -93,6 +98,7 @@ class Profile:
             "n_clips": self.n_clips,
             "elapsed_s": self.elapsed_s,
             "clips_per_s": self.n_clips / self.elapsed_s if self.elapsed_s else None,
+            "peak_rss_bytes": self.peak_bytes,
             "stages": {
                 stage.stage: {
                     "who": stage.who,
@@ -112,7 +118,8 @@ class Profile:
         """A table for people, 80 columns wide at most but for the advice."""
         rate = self.n_clips / self.elapsed_s if self.elapsed_s else 0.0
         lines = [
-            f"{self.n_clips} clips in {self.elapsed_s:.1f} s, {rate:.1f} clips/s",
+            f"{self.n_clips} clips in {self.elapsed_s:.1f} s, {rate:.1f} clips/s, "
+            f"{human_bytes(self.peak_bytes)} at most in a worker",
             f"{'stage':<11}{'who':<16}{'threads':>7}{'busy s':>9}{'share':>7}{'clips/s alone':>16}",
         ]
         for stage in self.stages:
@@ -144,7 +151,15 @@ def profile_of(reports: Iterable[ShardReport]) -> Profile:
         for stage in STAGES
         if stage in busy_s
     )
-    return Profile(n_clips, elapsed_s, tuple(stages))
+    peak_bytes = max((report.times.peak_bytes for report in reports), default=0)
+    return Profile(n_clips, elapsed_s, peak_bytes, tuple(stages))
+
+
+def write_profile(bank: Path, profile: Profile) -> Path:
+    """Leaves the profile of the last run as notes/profile.json of a bank, which no seal covers."""
+    path = bank / "notes/profile.json"
+    write_durably(path, json.dumps(profile.to_json(), indent=1).encode())
+    return path
 
 
 def _share(

@@ -7,7 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from patchbank.pipeline.errors import PatchbankError
-from patchbank.pipeline.specs import AugmentSpec, StoredDType, WindowSpec
+from patchbank.pipeline.specs import (
+    AugmentSpec,
+    ComputeDType,
+    DecodeIn,
+    StoredDType,
+    WindowSpec,
+)
 
 
 @dataclass(frozen=True)
@@ -21,7 +27,14 @@ class ExtractionSettings:
     mask_padding: bool = False
     device: str = "auto"
     batch_size: int | None = None
-    """Clips encoded together; None means 16 on a CPU, 64 on a GPU, or what the bank began with."""
+    """Clips encoded together; None is what the bank began with, else 4 on a CPU, and on a GPU 64,
+    halved until they fit."""
+    compute_dtype: ComputeDType | None = None
+    """What the encoder computes in; None is what the bank began with, else bfloat16 on a GPU that
+    has it and float32 elsewhere."""
+    compiles: bool = False
+    """Whether the encoder goes through `torch.compile`."""
+    decode_in: DecodeIn = "threads"
     n_decode_threads: int | None = None
     n_views: int = 0
     """Further rows for every training clip, made by `augment`."""

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from typing import TypeVar
 
 import numpy as np
@@ -103,6 +104,10 @@ class ShardExtractor:
         """What this worker computes with."""
         compiled = {"compiled": True} if self._job.compiles else {}
         return environment(self._device) | compiled
+
+    def batch_size(self) -> int:
+        """Clips encoded together where nobody says how many."""
+        return self._lanes.batch_size()
 
     def _batches(self, clips: ShardClips, batch_size: int) -> Iterator[DecodedBatch]:
         with self._lock:
@@ -291,6 +296,7 @@ class ShardExtractor:
             yield self._lanes.submit(batch)
 
     def _times(self) -> StageTimes:
+        peak_bytes = 1024 * getrusage(RUSAGE_SELF).ru_maxrss
         threads = {
             DECODERS: self._n_decode_threads,
             LANES: self._lanes.n_lanes,
@@ -298,7 +304,7 @@ class ShardExtractor:
         }
         with self._lock:
             began_s, self._began_s = self._began_s or time.time(), time.time()
-            return StageTimes(self._clock.taken(), began_s, self._began_s, threads)
+            return StageTimes(self._clock.taken(), began_s, self._began_s, threads, peak_bytes)
 
     def _refuse_hopeless(self, facts: list[RowFacts]) -> None:
         """Stops the run where the encoder or the disk, not the audio, fails on a whole shard."""

@@ -19,6 +19,8 @@ from patchbank.pipeline.errors import PatchbankError
 Json = dict[str, Any]
 PadRule = Literal["zero", "repeat"]
 StoredDType = Literal["float16", "bfloat16", "float32", "int8", "int4"]
+ComputeDType = Literal["float32", "bfloat16", "float16"]
+DecodeIn = Literal["threads", "processes"]
 LONGEST_WINDOW_S = 3_600.0
 MOST_VIEWS = 2**15 - 1
 """Of a clip; views are numbered in 16 bits."""

@@ -36,6 +36,8 @@ class StageTimes:
     """Of `time.time()` there."""
     threads: Mapping[str, int] = field(default_factory=dict)
     """How many `DECODERS`, `LANES` and `WRITERS` the worker has."""
+    peak_bytes: int = 0
+    """The most memory that the worker's process has held so far."""
 
 
 class StageClock:

@@ -39,6 +39,10 @@ class Workers:
         """Device, versions and threads of one worker."""
         return self._call(_environment)
 
+    def batch_size(self) -> int:
+        """Clips that one worker encodes together where nobody says how many."""
+        return self._call(_batch_size)
+
     def calibrate(
         self, clips: ShardClips, layers: tuple[int, ...], batch_size: int
     ) -> dict[int, ChannelConstants]:
@@ -167,6 +171,10 @@ def _extractor(plugin_name: str) -> ShardExtractor:
 
 def _environment(plugin_name: str) -> Json:
     return _extractor(plugin_name).environment()
+
+
+def _batch_size(plugin_name: str) -> int:
+    return _extractor(plugin_name).batch_size()
 
 
 def _calibrate(

@@ -14,7 +14,7 @@ import soundfile
 from fake_bank import N_CLIPS
 from made_views import MADE
 
-from patchbank.cli.extract import failures
+from patchbank.cli.extract_report import failures
 from patchbank.cli.main import main
 from patchbank.pipeline.bank import Bank, open_bank
 from patchbank.pipeline.errors import ManifestError
