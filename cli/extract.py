@@ -146,7 +146,8 @@ def extract(
         from patchbank.pipeline.profile import profile_of, write_profile
 
         found = profile_of(reports)
-        write_profile(bank.path, found)
+        if found.n_clips:
+            write_profile(bank.path, found)
     labels = write_labels(extraction.table, out)
     print_bank(bank, labels=labels, profile=found, as_json=json_output)
 

@@ -39,6 +39,7 @@ def print_plan(extraction: Extraction, forecast: Forecast | None, *, as_json: bo
         "bytes": plan.total_bytes,
         "bytes_missing": plan.missing_bytes,
         "bytes_free": plan.free_bytes,
+        "memory_bytes": memory_bytes(extraction),
         "layers": {
             spec.layer: {
                 "grid": [plan.schema.grids[spec.layer].time, plan.schema.grids[spec.layer].freq],
@@ -61,12 +62,35 @@ def print_plan(extraction: Extraction, forecast: Forecast | None, *, as_json: bo
         print(f"layer {spec.layer:<2} {grid.time} x {grid.freq} patches of {spec.dim}")
     print(f"size     {human_bytes(plan.total_bytes)}, {human_bytes(plan.missing_bytes)} to write")
     print(f"free     {human_bytes(plan.free_bytes)} at {extraction.bank.parent}")
+    print(f"memory   {human_bytes(memory_bytes(extraction))} a worker, beside the encoder")
     if forecast:
         print(
             f"time     {human_time(forecast.seconds)} at {forecast.clips_per_s:.3g} clips/s "
             f"({forecast.n_measured} clips in {forecast.measured_s:.0f} s, "
             f"{forecast.n_workers} worker(s))"
         )
+
+
+def memory_bytes(extraction: Extraction) -> int:
+    """Of a worker's pipeline, with its first worker's share of this machine."""
+    from patchbank.pipeline.cluster import SHARDS_PER_WORKER
+    from patchbank.pipeline.environment import is_cpu
+    from patchbank.pipeline.lanes import CPU_BATCH, GPU_BATCH
+    from patchbank.pipeline.memory import pipeline_memory
+    from patchbank.pipeline.workplace import Machine
+
+    job = extraction.job
+    # The workers of a scheduler may have a GPU; this machine says nothing about them.
+    device = "cpu" if job.device == "auto" else job.device
+    memory = pipeline_memory(
+        job.recipe,
+        job.schema,
+        device=device,
+        n_threads=job.n_threads or Machine.here().n_cores,
+        batch_size=extraction.batch_size or (CPU_BATCH if is_cpu(device) else GPU_BATCH),
+        n_shards=SHARDS_PER_WORKER,
+    )
+    return memory.n_bytes
 
 
 def _forecast(forecast: Forecast) -> dict[str, float]:

@@ -36,6 +36,17 @@ GPU_SHARE = 0.6
 T = TypeVar("T")
 
 
+def n_slots(device: str, n_threads: int) -> int:
+    """Batches of waveforms that keep the lanes busy: as many as are encoded, as many ahead, and
+    what is being decoded."""
+    return 2 * n_threads + 2 if is_cpu(device) else GPU_SLOTS
+
+
+def batches_ahead(device: str, n_threads: int) -> int:
+    """Batches that a shard may have in the lanes before it writes the oldest."""
+    return n_threads + 1 if is_cpu(device) else GPU_DEPTH
+
+
 @runtime_checkable
 class EncodedBatch(Protocol):
     """Tokens on their way to the CPU."""
@@ -64,18 +75,12 @@ class Lanes:
         self.encoding = encoding
         kind = torch.device(encoding.device).type
         self.n_lanes = n_threads if is_cpu(encoding.device) else 1
-        self.depth = self.n_lanes + 1 if is_cpu(encoding.device) else GPU_DEPTH
-        """Batches that a shard may have here before it writes the oldest."""
+        self.depth = batches_ahead(encoding.device, n_threads)
+        self.n_slots = n_slots(encoding.device, n_threads)
         self._device: Device = (CudaDevice if kind == "cuda" else PlainDevice)(encoding, clock)
         self._threads = ThreadPoolExecutor(
             self.n_lanes, thread_name_prefix="encode", initializer=compute_alone
         )
-
-    @property
-    def n_slots(self) -> int:
-        """Batches of waveforms that keep the lanes busy: as many as are encoded, as many ahead,
-        and what is being decoded."""
-        return 2 * self.n_lanes + 2 if is_cpu(self.encoding.device) else GPU_SLOTS
 
     def batch_size(self) -> int:
         """Clips that are encoded together where nobody says how many.

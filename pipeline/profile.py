@@ -27,8 +27,8 @@ BUSY_ENOUGH = 0.5
 ADVICE = {
     DECODE: "more cores or workers; --decode-in processes where the codec holds Python's lock",
     RESAMPLE: "store the audio at the encoder's rate",
-    FRONT_END: "a faster device, or more of them (--devices all)",
-    ENCODER: "nothing before or behind it waits; a faster device, more of them, or --compile",
+    FRONT_END: "a faster device, more of them (--devices all)",
+    ENCODER: "a faster device, more of them (--devices all), or --compile",
     QUANTISE: "--dtype float16",
     COPY: "a smaller --dtype, or fewer --layers",
     HASH: "more cores, or a smaller --dtype",
@@ -89,8 +89,8 @@ class Profile:
             return "nothing: all threads mostly waited; the run was too short to tell"
         waited = 100 * self.idle[stage.who]
         return (
-            f"{stage.stage}, {100 * stage.share:.0f} % of the time of the {stage.who}, who waited "
-            f"{waited:.0f} %: {ADVICE[stage.stage]}"
+            f"{stage.stage} ({100 * stage.share:.0f} % of the time of the {stage.who}, which "
+            f"waited {waited:.0f} %): {ADVICE[stage.stage]}"
         )
 
     def to_json(self) -> Json:
@@ -116,6 +116,8 @@ class Profile:
 
     def lines(self) -> list[str]:
         """A table for people, 80 columns wide at most but for the advice."""
+        if not self.n_clips:
+            return ["no profile: nothing was encoded by this run"]
         rate = self.n_clips / self.elapsed_s if self.elapsed_s else 0.0
         lines = [
             f"{self.n_clips} clips in {self.elapsed_s:.1f} s, {rate:.1f} clips/s, "

@@ -224,6 +224,12 @@ class ShardFileWriter:
             os.close(self._direct)
 
 
+def ring_bytes(layout: ShardLayout) -> int:
+    """The most memory that a writer has for rows of such a file."""
+    slots = max(1, BLOCK_BYTES // layout.row_stride_bytes)
+    return BLOCKS_PER_FILE * slots * layout.row_stride_bytes
+
+
 def _ring(layout: ShardLayout, n_rows: int, threads: ThreadPoolExecutor) -> BlockRing:
     n_slots = max(1, min(n_rows, BLOCK_BYTES // layout.row_stride_bytes))
     n_blocks = max(1, min(BLOCKS_PER_FILE, -(-n_rows // n_slots)))

@@ -44,13 +44,27 @@ class FrontEnd(nn.Module):
         n_samples = waveform.shape[1]
         self.n_frames(n_samples)
         n_audio = [n_samples] * len(waveform) if n_audio_samples is None else n_audio_samples
-        whole = min(n_audio, default=n_samples) >= n_samples
+        lengths = [min(n, n_samples) for n in n_audio]
         with torch.no_grad(), full_precision(waveform.device):
-            if whole and waveform.device.type != "cpu":
-                return self.features(waveform, n_samples)
+            if waveform.device.type != "cpu":
+                return self._by_length(waveform, lengths)
             # On a CPU a batch of spectra falls out of the caches.
-            clips = zip(waveform.split(1), n_audio, strict=True)
-            return torch.cat([self.features(clip, min(n, n_samples)) for clip, n in clips])
+            clips = zip(waveform.split(1), lengths, strict=True)
+            return torch.cat([self.features(clip, n) for clip, n in clips])
+
+    def _by_length(
+        self, waveform: Float[Tensor, "batch sample"], lengths: Sequence[int]
+    ) -> Float[Tensor, "batch time freq"]:
+        """`forward` with one call for each number of audio samples: few calls keep a GPU busy."""
+        if len(set(lengths)) == 1:
+            return self.features(waveform, lengths[0])
+        groups: dict[int, list[int]] = {}
+        for clip, length in enumerate(lengths):
+            groups.setdefault(length, []).append(clip)
+        order = [clip for group in groups.values() for clip in group]
+        features = [self.features(waveform[group], length) for length, group in groups.items()]
+        back = torch.argsort(torch.tensor(order)).to(waveform.device)
+        return torch.cat(features)[back]
 
     def features(
         self, waveform: Float[Tensor, "batch sample"], n_audio_samples: int
