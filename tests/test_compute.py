@@ -89,6 +89,7 @@ def test_full_batches_go_through_the_compiler_and_short_ones_do_not(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_a_compiled_encoder_gives_its_tokens(clip_table: Path, tmp_path: Path) -> None:
     plain, compiled = (
         extract(
