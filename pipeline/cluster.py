@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, ExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -108,16 +108,21 @@ def _in_processes(workers: Sequence[LocalWorker]) -> Iterator[SpecCluster]:
         "cls": Scheduler,
         "options": {"host": LOOPBACK, "port": 0, "dashboard": False, **UNSEEN},
     }
-    with _quiet(), _environment_kept(), dask.config.set(PROCESSES), ExitStack() as stack:
-        try:
-            with _interrupts_held():
-                cluster = stack.enter_context(SpecCluster(workers=nannies, scheduler=scheduler))
-        except RuntimeError as error:
-            raise PatchbankError(
-                f"{len(workers)} worker processes did not start ({error}); a script that calls "
-                "extract must do so below `if __name__ == '__main__':`"
-            ) from error
-        yield cluster
+    with _quiet(), _environment_kept(), dask.config.set(PROCESSES):
+        # Quick and empty: Ctrl-C while workers start finds something that can be closed.
+        with _hiding_ctrl_c():
+            cluster = SpecCluster(scheduler=scheduler)
+        with cluster:
+            cluster.worker_spec.update(nannies)
+            cluster.scale(len(nannies))
+            try:
+                cluster.wait_for_workers(len(nannies), timeout=FIRST_WORKER_S)
+            except TimeoutError as error:
+                raise PatchbankError(
+                    f"{len(nannies)} worker processes did not start; a script that calls extract "
+                    "must do so below `if __name__ == '__main__':`"
+                ) from error
+            yield cluster
 
 
 def nanny_options(worker: LocalWorker) -> dict[str, Any]:
@@ -160,8 +165,8 @@ def _environment_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits until the end, and never reaches threads and processes begun meanwhile.
+def _hiding_ctrl_c() -> Iterator[None]:
+    """Threads begun meanwhile, and the processes that they begin, never see Ctrl-C.
 
     A terminal sends it to all processes: workers would end at once, with a traceback each.
     """
@@ -185,7 +190,7 @@ def serve(scheduler: str, workers: Sequence[LocalWorker], *, started: Callable[[
     # Ctrl-C comes to the main thread.
     thread = threading.Thread(target=lambda: loop.run_until_complete(asyncio.wait([task])))
     with _environment_kept(), dask.config.set(PROCESSES):
-        with _interrupts_held():
+        with _hiding_ctrl_c():
             thread.start()
         try:
             thread.join()
