@@ -7,8 +7,8 @@ import logging
 import os
 import signal
 import socket
-import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, contextmanager
 from multiprocessing import resource_tracker
 from typing import Any
@@ -187,16 +187,15 @@ def serve(scheduler: str, workers: Sequence[LocalWorker], *, started: Callable[[
     _check_address(scheduler)
     loop = asyncio.new_event_loop()
     task = loop.create_task(_serve(scheduler, workers, started))
-    # Ctrl-C comes to the main thread.
-    thread = threading.Thread(target=lambda: loop.run_until_complete(asyncio.wait([task])))
-    with _environment_kept(), dask.config.set(PROCESSES):
+    with _quiet(), _environment_kept(), dask.config.set(PROCESSES), ThreadPoolExecutor(1) as pool:
+        # Ctrl-C comes to the main thread.
         with _hiding_ctrl_c():
-            thread.start()
+            ended = pool.submit(loop.run_until_complete, asyncio.wait([task]))
         try:
-            thread.join()
+            ended.result()
         finally:
             loop.call_soon_threadsafe(task.cancel)
-            thread.join()
+            ended.result()
             loop.close()
     try:
         task.result()

@@ -37,6 +37,12 @@ class Process:
         while self.runs:
             time.sleep(0.005)
 
+    def wait_for_end(self) -> None:
+        end = time.monotonic() + PATIENCE_S
+        while self.runs:
+            assert time.monotonic() < end, self.log.read_text(errors="replace")
+            time.sleep(0.02)
+
     @property
     def runs(self) -> bool:
         return self.status() is None

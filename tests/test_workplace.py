@@ -108,4 +108,11 @@ def test_the_process_of_a_gpu_sees_no_other(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,GPU-1a2b,7")
     assert [w.environment()["CUDA_VISIBLE_DEVICES"] for w in (first, second)] == ["5", "7"]
     assert {w.environment()["PATCHBANK_DEVICE"] for w in (first, second)} == {"cuda:0"}
-    assert second.environment()["OMP_NUM_THREADS"] == "32"
+
+
+def test_a_process_is_told_of_its_threads() -> None:
+    (shared, _) = local_workers(CPU, n_workers=2)
+    assert shared.environment()["OMP_NUM_THREADS"] == "4"
+    assert shared.environment()["PATCHBANK_THREADS"] == "4"
+    (alone,) = local_workers(CPU)
+    assert set(alone.environment()) == {"PATCHBANK_DEVICE", "PATCHBANK_DECODE_THREADS"}
