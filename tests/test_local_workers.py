@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,49 +77,52 @@ def test_a_killed_process_of_two_is_replaced_and_the_bank_is_the_same(
     assert dict(os.environ) == variables
 
 
-def start_worker(scheduler: str, log: Path) -> Process:
+@contextmanager
+def serving(scheduler: str, log: Path) -> Iterator[Process]:
+    """`patchbank worker` in its own words; nothing of it is left when it has ended by itself."""
     with log.open("wb") as out:
         popen = subprocess.Popen(
             [PATCHBANK, "worker", scheduler, "--workers", "1"], stdout=out, stderr=out
         )
-    return Process(popen.pid, log, popen.poll)
+    process = Process(popen.pid, log, popen.poll)
+    try:
+        process.wait_for(f"1 worker(s) at {scheduler}: cpu-0; Ctrl-C ends them\n")
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert family
+        yield process
+        process.wait_for_end()
+        assert process.status() == 0
+        assert not psutil.wait_procs(family, PATIENCE_S)[1]
+    finally:
+        process.kill()
 
 
-def test_patchbank_worker_serves_a_scheduler_until_ctrl_c_or_until_it_goes_away(
+def test_patchbank_worker_works_for_a_scheduler_until_ctrl_c(
     forks: Forks, table: Path, tmp_path: Path
 ) -> None:
-    with Cluster(tmp_path / "cluster", forks) as own, ExitStack() as stack:
-        workers = [start_worker(own.address, tmp_path / f"{name}.log") for name in "ab"]
-        for worker in workers:
-            stack.callback(worker.kill)
-        for worker in workers:
-            worker.wait_for(f"1 worker(s) at {own.address}: cpu-0; Ctrl-C ends them")
-        families = [psutil.Process(worker.pid).children(recursive=True) for worker in workers]
-        states: list[Progress] = []
+    states: list[Progress] = []
+    with (
+        Cluster(tmp_path / "cluster", forks) as own,
+        serving(own.address, tmp_path / "log") as worker,
+    ):
         settings = replace(SETTINGS, scheduler=own.address)
-        extract(
-            table,
-            encoder="fake",
-            out=tmp_path / "x.bank",
-            settings=settings,
-            progress=states.append,
-        )
-        names = {state.report.worker for state in states if state.report is not None}
-        here = socket.gethostname()
-        assert names <= {f"{here}-{worker.pid}-cpu-0" for worker in workers}
-        assert states[-1].n_workers == 2
-        interrupted, left_alone = workers
-        interrupted.send(signal.SIGINT)
-        interrupted.wait_for_end()
+        out = tmp_path / "x.bank"
+        extract(table, encoder="fake", out=out, settings=settings, progress=states.append)
+        worker.send(signal.SIGINT)
+    names = {state.report.worker for state in states if state.report is not None}
+    assert names == {f"{socket.gethostname()}-{worker.pid}-cpu-0"}
+    assert worker.log.read_text().splitlines()[1:] == ["stopped"]
+
+
+@pytest.mark.slow
+def test_patchbank_worker_ends_when_the_scheduler_goes_away(forks: Forks, tmp_path: Path) -> None:
+    with (
+        Cluster(tmp_path / "cluster", forks) as own,
+        serving(own.address, tmp_path / "log") as worker,
+    ):
         own.scheduler.kill()
-        left_alone.wait_for_end()
-    assert interrupted.log.read_text().splitlines()[1:] == ["stopped"]
     gone = f"the scheduler at {own.address} has gone"
-    assert left_alone.log.read_text().splitlines()[1:] == [gone]
-    assert [worker.status() for worker in workers] == [0, 0]
-    assert all(families)
-    _, alive = psutil.wait_procs([child for family in families for child in family], PATIENCE_S)
-    assert not alive
+    assert worker.log.read_text().splitlines()[1:] == [gone]
 
 
 def test_an_address_that_is_none_is_named(capsys: pytest.CaptureFixture[str]) -> None:
