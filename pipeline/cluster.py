@@ -14,7 +14,7 @@ from multiprocessing import resource_tracker
 from typing import Any
 
 import dask
-from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster, rpc
+from distributed import Client, LocalCluster, Nanny, Scheduler, Security, SpecCluster, rpc
 from distributed.comm.addressing import get_address_host_port
 
 from patchbank.pipeline.errors import PatchbankError
@@ -70,6 +70,8 @@ def _connected(scheduler: str) -> Iterator[Client]:
 
 
 def _check_address(scheduler: str) -> None:
+    if scheduler.startswith("inproc://"):
+        return  # of this process: no host and port
     try:
         get_address_host_port(scheduler, strict=True)
     except ValueError as error:
@@ -208,7 +210,8 @@ async def _serve(
 ) -> None:
     # The workers of several machines must not share a name.
     here = f"{socket.gethostname()}-{os.getpid()}"
-    async with rpc(scheduler) as remote:
+    security = Security().get_connection_args("client")
+    async with rpc(scheduler, connection_args=security) as remote:
         await remote.identity()
     async with AsyncExitStack() as stack:
         nannies = [
