@@ -7,14 +7,14 @@ import logging
 import os
 import signal
 import socket
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, contextmanager
 from multiprocessing import resource_tracker
 from typing import Any, TypeVar
 
 import dask
-from distributed import Client, LocalCluster, Nanny, Scheduler, SpecCluster, rpc
+from distributed import Client, LocalCluster, Nanny, Scheduler, Security, SpecCluster, rpc
 from distributed.comm.addressing import get_address_host_port
 
 from patchbank.pipeline.errors import PatchbankError
@@ -78,6 +78,8 @@ def ask_worker(scheduler: str, function: Callable[..., T], *arguments: object) -
 
 
 def _check_address(scheduler: str) -> None:
+    if scheduler.startswith("inproc://"):
+        return  # of this process: no host and port
     try:
         get_address_host_port(scheduler, strict=True)
     except ValueError as error:
@@ -116,16 +118,21 @@ def _in_processes(workers: Sequence[LocalWorker]) -> Iterator[SpecCluster]:
         "cls": Scheduler,
         "options": {"host": LOOPBACK, "port": 0, "dashboard": False, **UNSEEN},
     }
-    with _quiet(), _environment_kept(), dask.config.set(PROCESSES), ExitStack() as stack:
-        try:
-            with _interrupts_held():
-                cluster = stack.enter_context(SpecCluster(workers=nannies, scheduler=scheduler))
-        except RuntimeError as error:
-            raise PatchbankError(
-                f"{len(workers)} worker processes did not start ({error}); a script that calls "
-                "extract must do so below `if __name__ == '__main__':`"
-            ) from error
-        yield cluster
+    with _quiet(), _environment_kept(), dask.config.set(PROCESSES):
+        # Quick and empty: Ctrl-C while workers start finds something that can be closed.
+        with _hiding_ctrl_c():
+            cluster = SpecCluster(scheduler=scheduler)
+        with cluster:
+            cluster.worker_spec.update(nannies)
+            cluster.scale(len(nannies))
+            try:
+                cluster.wait_for_workers(len(nannies), timeout=FIRST_WORKER_S)
+            except TimeoutError as error:
+                raise PatchbankError(
+                    f"{len(nannies)} worker processes did not start; a script that calls extract "
+                    "must do so below `if __name__ == '__main__':`"
+                ) from error
+            yield cluster
 
 
 def nanny_options(worker: LocalWorker) -> dict[str, Any]:
@@ -168,8 +175,8 @@ def _environment_kept() -> Iterator[None]:
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits until the end, and never reaches threads and processes begun meanwhile.
+def _hiding_ctrl_c() -> Iterator[None]:
+    """Threads begun meanwhile, and the processes that they begin, never see Ctrl-C.
 
     A terminal sends it to all processes: workers would end at once, with a traceback each.
     """
@@ -190,16 +197,15 @@ def serve(scheduler: str, workers: Sequence[LocalWorker], *, started: Callable[[
     _check_address(scheduler)
     loop = asyncio.new_event_loop()
     task = loop.create_task(_serve(scheduler, workers, started))
-    # Ctrl-C comes to the main thread.
-    thread = threading.Thread(target=lambda: loop.run_until_complete(asyncio.wait([task])))
-    with _environment_kept(), dask.config.set(PROCESSES):
-        with _interrupts_held():
-            thread.start()
+    with _quiet(), _environment_kept(), dask.config.set(PROCESSES), ThreadPoolExecutor(1) as pool:
+        # Ctrl-C comes to the main thread.
+        with _hiding_ctrl_c():
+            ended = pool.submit(loop.run_until_complete, asyncio.wait([task]))
         try:
-            thread.join()
+            ended.result()
         finally:
             loop.call_soon_threadsafe(task.cancel)
-            thread.join()
+            ended.result()
             loop.close()
     try:
         task.result()
@@ -212,7 +218,8 @@ async def _serve(
 ) -> None:
     # The workers of several machines must not share a name.
     here = f"{socket.gethostname()}-{os.getpid()}"
-    async with rpc(scheduler) as remote:
+    security = Security().get_connection_args("client")
+    async with rpc(scheduler, connection_args=security) as remote:
         await remote.identity()
     async with AsyncExitStack() as stack:
         nannies = [

@@ -19,6 +19,8 @@ LOOK_S = 1.0
 TICK_S = 0.5
 """How often it looks which workers there are, and how often its user may see progress."""
 AGAIN = "run the same command again: what is committed is not done again"
+FETCH_S = 2.0
+"""How long it waits for a result, which is small, before it looks again."""
 T = TypeVar("T")
 
 
@@ -31,7 +33,7 @@ class Window:
 
     def __init__(self, client: Client, scheduler: str) -> None:
         self._client, self._scheduler = client, scheduler
-        self._looked_s = -LOOK_S
+        self._looked_s, self._seen_s = -LOOK_S, time.monotonic()
         self.threads: Mapping[str, int] = {}
         """Of each worker, by its address; a second old at most while tasks run."""
 
@@ -57,13 +59,22 @@ class Window:
             except Empty:
                 yield None
                 continue
+            try:
+                result = self._result(future)
+            except TimeoutError:
+                if future.status == "error":
+                    raise
+                # Its worker was lost before it handed the result over: another repeats the task.
+                ended.put((item, future))
+                yield None
+                continue
             n_running -= 1
-            yield item, self._result(future)
+            yield item, result
 
     def _result(self, future: Future[Any]) -> Any:
         """Says what became of workers or scheduler where a task ends without a result."""
         try:
-            return future.result()
+            return future.result(timeout=FETCH_S)
         except KilledWorker as error:
             raise PatchbankError(
                 f"{error.allowed_failures + 1} Dask workers died over one piece of the work, the "

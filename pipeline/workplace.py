@@ -43,13 +43,10 @@ class LocalWorker:
 
     def environment(self) -> dict[str, str]:
         """Variables for a process of its own."""
-        threads = str(self.n_threads)
-        variables = {
-            DEVICE: self.device,
-            DECODE_THREADS: str(self.n_decode_threads),
-            **dict.fromkeys((THREADS, "OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads),
-            "OPENBLAS_NUM_THREADS": threads,
-        }
+        variables = {DEVICE: self.device, DECODE_THREADS: str(self.n_decode_threads)}
+        if self.n_threads is not None:
+            names = (THREADS, "OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+            variables |= dict.fromkeys(names, str(self.n_threads))
         if self.device.startswith("cuda:"):
             # A process that sees one GPU cannot leave memory on another: threads that pin memory
             # would open a context on the first.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,12 @@ def make_undisturbed(folder: Path) -> Iterator[Undisturbed]:
 def n_committed(folder: Path) -> int:
     """Shards with a record."""
     return len(list((folder / "commits").glob("0*.json")))
+
+
+def shards_begun(changes: str) -> list[str]:
+    """The shards that a process has begun whose changes are listed, each as often as it did."""
+    attempts = set(re.findall(r"(?m)^os\.mkdir .*/\.work/(0\w+\.\w+)$", changes))
+    return [attempt.partition(".")[0] for attempt in attempts]
 
 
 def phase_of(bank: Path) -> str:

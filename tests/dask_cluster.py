@@ -37,6 +37,12 @@ class Process:
         while self.runs:
             time.sleep(0.005)
 
+    def wait_for_end(self) -> None:
+        end = time.monotonic() + PATIENCE_S
+        while self.runs:
+            assert time.monotonic() < end, self.log.read_text(errors="replace")
+            time.sleep(0.02)
+
     @property
     def runs(self) -> bool:
         return self.status() is None
@@ -98,15 +104,17 @@ class Cluster:
         at: Moment | None = None,
         bank: Path | None = None,
         prefix: Sequence[str] = (),
+        settings: Mapping[str, str] | None = None,
     ) -> Process:
-        """Begins a worker; at a moment in `bank` it kills or stops itself."""
-        moment = json.dumps([str(bank), at.pattern, at.nth, at.stops]) if at else ""
+        """Begins a worker; its log lists its changes of `bank`, and at a moment there it kills or
+        stops itself. `settings` are variables of its own."""
+        moment = json.dumps([str(bank), at and [at.pattern, at.nth, at.stops]]) if bank else ""
         return self._start(
             name,
             ["distributed.cli.dask_worker", self.address, "--name", name, "--nthreads", "2"],
             ["--host", "127.0.0.1", "--no-nanny", "--no-dashboard", "--memory-limit", "0"],
             ["--preload", __file__],
-            moment=moment,
+            settings={MOMENT: moment, **(settings or {})},
             prefix=prefix,
         )
 
@@ -118,7 +126,11 @@ class Cluster:
         return processes
 
     def _start(
-        self, name: str, *arguments: list[str], moment: str = "", prefix: Sequence[str] = ()
+        self,
+        name: str,
+        *arguments: list[str],
+        settings: Mapping[str, str] | None = None,
+        prefix: Sequence[str] = (),
     ) -> Process:
         own = self.folder / name
         own.mkdir(parents=True)
@@ -127,8 +139,8 @@ class Cluster:
             **ENVIRONMENT,
             "DASK_TEMPORARY_DIRECTORY": str(own),
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *_python_path()]),
-            MOMENT: moment,
             **self.settings,
+            **(settings or {}),
         }
         if self.forks is not None and not prefix:
             run = self.forks.module(module, words, folder=own, environment=environment)
@@ -161,5 +173,5 @@ def dask_setup(worker: object) -> None:
     import patchbank.pipeline.shard  # noqa: F401
 
     if moment := os.environ[MOMENT]:
-        bank, *at = json.loads(moment)
-        watch_changes(Path(bank), at=Moment(*at), lists=False)
+        bank, at = json.loads(moment)
+        watch_changes(Path(bank), at=Moment(*at) if at else None, lists=True)

@@ -21,24 +21,19 @@ from crash_banks import (
     committed_files,
     make_undisturbed,
     n_committed,
+    shards_begun,
 )
 from killable import Moment, Run
 
 from patchbank.pipeline.bank import open_bank
 from patchbank.pipeline.bank.commit import commit, open_attempt
 from patchbank.pipeline.bank.verify import verify_bank
-from patchbank.pipeline.workers import SHARDS_PER_WORKER
+from patchbank.pipeline.cluster import SHARDS_PER_WORKER
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Undisturbed]:
     yield from make_undisturbed(tmp_path_factory.mktemp("undisturbed"))
-
-
-def shards_begun(run: Run) -> list[str]:
-    """The shards that a run with `lists_changes` has begun, each as often as it did."""
-    attempts = set(re.findall(r"(?m)^os\.mkdir .*/\.work/(0\w+\.\w+)$", run.text()))
-    return [attempt.partition(".")[0] for attempt in attempts]
 
 
 @pytest.mark.parametrize("table", [SHORT, LONG])
@@ -67,9 +62,10 @@ def test_two_runs_on_one_bank_share_the_work_and_end_with_one_seal(
         run.go_on()
     assert [first.wait(), second.wait()] == [0, 0], [first.text(), second.text()]
     check_finished(bank, undisturbed.long if table == LONG else undisturbed.short)
-    assert len(shards_begun(first)) <= SHARDS_PER_WORKER
-    assert len(shards_begun(second)) == len(set(shards_begun(second))) <= n_shards
-    assert len({*shards_begun(first), *shards_begun(second)}) == n_shards
+    by_first, by_second = shards_begun(first.text()), shards_begun(second.text())
+    assert len(by_first) <= SHARDS_PER_WORKER
+    assert len(by_second) == len(set(by_second)) <= n_shards
+    assert len({*by_first, *by_second}) == n_shards
 
 
 SLEEPS = {
