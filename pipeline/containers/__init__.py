@@ -17,6 +17,7 @@ from patchbank.pipeline.containers.tar import COMPRESSED_SUFFIXES, TARS, open_ta
 from patchbank.pipeline.errors import AudioError
 
 __all__ = [
+    "COMPRESSED_SUFFIXES",
     "CONTAINER_SUFFIXES",
     "TABLE_SUFFIXES",
     "TAR_SUFFIXES",
