@@ -14,7 +14,7 @@ from patchbank.pipeline.containers.index_cache import IndexCache
 from patchbank.pipeline.errors import AudioError
 
 COMPRESSED_SUFFIXES = (
-    *(".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.Z"),
+    *(".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tar.lz4", ".tar.z"),
 )
 _COMPRESSED = {
     b"\x1f\x8b": "gunzip",
@@ -67,7 +67,7 @@ def _decompressor(path: Path, head: bytes) -> str | None:
     for magic, program in _COMPRESSED.items():
         if head.startswith(magic):
             return program
-    return "tar xf" if path.name.endswith(COMPRESSED_SUFFIXES) else None
+    return "tar xf" if path.name.lower().endswith(COMPRESSED_SUFFIXES) else None
 
 
 def _index_of(tar: tarfile.TarFile, descriptor: int) -> TarIndex:

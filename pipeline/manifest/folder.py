@@ -29,7 +29,7 @@ def read_folder(folder: Path) -> FoundAudio:
     paths = [name for name in names if is_audio_name(name)]
     containers = _containers(folder, [name for name in names if not is_audio_name(name)])
     if paths:  # beside audio, a compressed tar is what it was unpacked from
-        containers = [name for name in containers if not name.endswith(COMPRESSED_SUFFIXES)]
+        containers = [name for name in containers if not name.lower().endswith(COMPRESSED_SUFFIXES)]
     if paths and containers:
         raise found_error(
             folder,
