@@ -281,7 +281,7 @@ BAD_SOURCES: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "Arrow without audio": (
         "a.arrow",
         lambda path: write_arrow(path, pa.table({"x": [1]})),
-        r"a\.arrow: no column holds the bytes of audio; found x",
+        r"a\.arrow: no column holds the bytes of audio; found x|no audio file below it",
     ),
     "no rows": (
         "a.parquet",
@@ -297,8 +297,6 @@ def test_a_container_without_audio_is_refused(
     tmp_path: Path, name: str, write: Callable[[Path], object], message: str, is_named: bool
 ) -> None:
     write(tmp_path / name)
-    if name == "a.parquet" and "Parq" in message and not is_named:
-        message = "no audio file below it"  # a broken table may be any table
     with pytest.raises(ManifestError, match=message):
         read_manifest(tmp_path / name if is_named else tmp_path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,23 @@ def test_files_that_disagree_on_a_type_are_joined_as_text(tmp_path: Path) -> Non
     write_parquet(tmp_path / "b.parquet", pets(1, note=["x"]))
     write_parquet(tmp_path / "c.parquet", pets(1))
     assert column(read(tmp_path), "note") == ["1", "x", None]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow", "tar"])
+def test_a_container_that_was_not_copied_whole_is_not_passed_over(
+    tmp_path: Path, suffix: str
+) -> None:
+    paths = [tmp_path / f"{name}.{suffix}" for name in ("a", "b")]
+    for path in paths:
+        if suffix == "tar":
+            write_tar(path, {"a.flac": SOUND, "b.flac": SOUND})
+        else:
+            (write_parquet if suffix == "parquet" else write_arrow)(path, pets())
+    os.truncate(paths[1], 5000)
+    with pytest.raises(
+        ManifestError, match=rf"b\.{suffix}: (cannot be read as|the tar is cut off)"
+    ):
+        read(tmp_path)
 
 
 SPLIT_NAMES: dict[str, tuple[Sequence[str], Sequence[str] | None]] = {

@@ -7,7 +7,8 @@ Every function may be called from any number of threads, and after a fork.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from patchbank.pipeline.containers.arrow import ARROWS, open_arrow_row
@@ -33,14 +34,14 @@ TABLE_SUFFIXES = (".parquet", ".arrow")
 CONTAINER_SUFFIXES = (*TAR_SUFFIXES, *TABLE_SUFFIXES)
 
 
+_CONTAINER = re.compile(f"(?:{'|'.join(map(re.escape, CONTAINER_SUFFIXES))})/", re.IGNORECASE)
+
+
 def split_path(path: str) -> tuple[str, str] | None:
     """A POSIX path as container and member by its names alone; None where no folder of it is
     called like a container."""
-    parts = path.split("/")
-    for number, part in enumerate(parts[:-1], start=1):
-        if part.lower().endswith(CONTAINER_SUFFIXES):
-            return "/".join(parts[:number]), "/".join(parts[number:])
-    return None
+    found = _CONTAINER.search(path)
+    return None if found is None else (path[: found.end() - 1], path[found.end() :])
 
 
 def locate(path: Path) -> tuple[Path, str] | None:
@@ -72,23 +73,25 @@ def _row_trouble(member: str) -> str | None:
 def member_troubles(container: Path, members: Iterable[str]) -> dict[str, str]:
     """Why some members are not there; reads one index and no audio."""
     try:
-        found = {member: _member_trouble(container, member) for member in members}
+        trouble_of = _finder(container)
     except AudioError as error:
         return dict.fromkeys(members, str(error))
     except OSError as error:
         return dict.fromkeys(members, f"cannot be read: {error.strerror}")
+    found = {member: trouble_of(member) for member in members}
     return {member: trouble for member, trouble in found.items() if trouble is not None}
 
 
-def _member_trouble(container: Path, member: str) -> str | None:
+def _finder(container: Path) -> Callable[[str], str | None]:
     suffix = container.suffix.lower()
     if suffix not in TABLE_SUFFIXES:
-        return TARS.get(container).trouble(member)
-    if trouble := _row_trouble(member):
-        return trouble
-    n_rows = (
-        PARQUETS.get(container).first_rows[-1]
-        if suffix == ".parquet"
-        else len(ARROWS.get(container))
-    )
-    return None if int(member) < n_rows else f"there is no row {member}: it has {n_rows} rows"
+        return TARS.get(container).trouble
+    is_parquet = suffix == ".parquet"
+    n_rows = PARQUETS.get(container).first_rows[-1] if is_parquet else len(ARROWS.get(container))
+
+    def trouble_of(member: str) -> str | None:
+        if (trouble := _row_trouble(member)) or int(member) < n_rows:
+            return trouble
+        return f"there is no row {member}: it has {n_rows} rows"
+
+    return trouble_of

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64
 
-from patchbank.pipeline.containers.audio_column import audio_bytes, audio_path, find_audio_column
+from patchbank.pipeline.containers.audio_column import audio_bytes, require_audio_column
 from patchbank.pipeline.containers.byte_stretch import ByteStretch, file_stretch
 from patchbank.pipeline.containers.index_cache import IndexCache
 from patchbank.pipeline.containers.parquet import no_bytes
@@ -63,9 +63,7 @@ def read_arrow_index(path: Path) -> ArrowIndex:
     """
     starts, sizes = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     with open_arrow(path) as (source, schema, batches):
-        column = find_audio_column(schema)
-        if column is None:
-            raise AudioError(f"no column holds the bytes of audio; found {', '.join(schema.names)}")
+        column = require_audio_column(schema)
         position = source.tell()
         source.seek(0)
         whole = source.read_buffer(source.size())
@@ -105,17 +103,13 @@ def open_arrow_row(path: Path, row: int) -> ByteStretch:
         if row >= len(index):
             raise AudioError(f"there is no row {row}: it has {len(index)} rows")
         if index.starts[row] == _NULL:
-            raise AudioError(no_bytes(_path_of(path, index.column, row)))
+            raise AudioError(no_bytes(_cell(path, index.column, row)))
     except BaseException:
         os.close(descriptor)
         raise
     return file_stretch(descriptor, int(index.starts[row]), int(index.sizes[row]))
 
 
-def _path_of(path: Path, column: str, row: int) -> str | None:
-    with open_arrow(path) as (_, _, batches):
-        for batch in batches:
-            if row < batch.num_rows:
-                return audio_path(batch[column], row)
-            row -= batch.num_rows
-    return None
+def _cell(path: Path, column: str, row: int) -> pa.Scalar:
+    with open_arrow(path) as (_, schema, batches):
+        return pa.Table.from_batches(batches, schema)[column][row]

@@ -9,6 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from patchbank.pipeline.errors import AudioError
+
 _BYTES_NAMES = ("audio", "audio_bytes", "wav", "flac", "mp3", "sound")
 """What a plain binary column is called that holds audio files."""
 
@@ -32,6 +34,14 @@ def find_audio_column(schema: pa.Schema) -> str | None:
     return "audio" if "audio" in names else next(iter(names), None)
 
 
+def require_audio_column(schema: pa.Schema) -> str:
+    """The column of audio files; `AudioError` where there is none."""
+    column = find_audio_column(schema)
+    if column is None:
+        raise AudioError(f"no column holds the bytes of audio; found {', '.join(schema.names)}")
+    return column
+
+
 def _may_hold_audio(field: pa.Field, feature: Any) -> bool:
     noted = feature.get("_type") if isinstance(feature, dict) else None
     if pa.types.is_struct(field.type):
@@ -50,9 +60,3 @@ def audio_bytes(column: pa.Array) -> pa.Array:
         return column
     # `field` would ignore that the struct itself may be null.
     return pc.struct_field(column, "bytes")
-
-
-def audio_path(column: pa.Array, row: int) -> str | None:
-    """The name that a row gives to its audio."""
-    cell = column[row].as_py() if pa.types.is_struct(column.type) else None
-    return cell.get("path") if cell else None

@@ -47,6 +47,7 @@ class IndexCache(Generic[Index]):
         self._lock = threading.Lock()
         self._building = threading.Lock()
         self._entries: OrderedDict[_Key, _Entry[Index]] = OrderedDict()
+        self._total = 0
 
     def get(self, path: Path, status: os.stat_result | None = None, *, part: int = 0) -> Index:
         """The index of the file at `path`; `status` is of the open file where one is open."""
@@ -59,14 +60,13 @@ class IndexCache(Generic[Index]):
         with entry.lock:
             if entry.index is None:
                 entry.index = self._build(path, part)
-                self._trim()
+                self._keep(key, len(entry.index))
             return entry.index
 
-    def _trim(self) -> None:
+    def _keep(self, key: _Key, size: int) -> None:
         with self._lock:
-            sizes = {key: len(entry.index or ()) for key, entry in self._entries.items()}
-            total = sum(sizes.values())
-            for key in list(self._entries)[: -self._least]:
-                if total > self._most:
-                    total -= sizes[key]
-                    del self._entries[key]
+            if key in self._entries:
+                self._total += size
+            while self._total > self._most and len(self._entries) > self._least:
+                _, oldest = self._entries.popitem(last=False)
+                self._total -= 0 if oldest.index is None else len(oldest.index)

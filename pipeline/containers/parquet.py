@@ -6,12 +6,13 @@ import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from patchbank.pipeline.containers.audio_column import audio_bytes, audio_path, find_audio_column
+from patchbank.pipeline.containers.audio_column import require_audio_column
 from patchbank.pipeline.containers.byte_stretch import ByteStretch, memory_stretch
 from patchbank.pipeline.containers.index_cache import IndexCache
 from patchbank.pipeline.errors import AudioError
@@ -30,7 +31,6 @@ class ParquetIndex:
     column: str
     first_rows: Sequence[int]
     """Of each row group, and the number of all rows at the end."""
-    metadata: pq.FileMetaData
 
     def __len__(self) -> int:
         return len(self.first_rows)
@@ -38,26 +38,21 @@ class ParquetIndex:
 
 @dataclass(frozen=True)
 class _RowGroup:
-    batches: Sequence[pa.Array]
+    cells: pa.ChunkedArray
 
     def __len__(self) -> int:
-        return sum(batch.nbytes for batch in self.batches)
+        return int(self.cells.nbytes)
 
 
 def read_parquet_index(path: Path) -> ParquetIndex:
     """The index of a Parquet file by its footer; `AudioError` where it has no audio column."""
     try:
-        metadata = pq.read_metadata(path)
-        column = find_audio_column(metadata.schema.to_arrow_schema())
+        with pq.ParquetFile(path) as file:
+            metadata, schema = file.metadata, file.schema_arrow
     except (pa.ArrowException, OSError) as error:
         raise AudioError(f"cannot be read as Parquet: {str(error).splitlines()[0]}") from error
-    if column is None:
-        names = ", ".join(metadata.schema.to_arrow_schema().names)
-        raise AudioError(f"no column holds the bytes of audio; found {names}")
-    first_rows = [0]
-    for group in range(metadata.num_row_groups):
-        first_rows.append(first_rows[-1] + metadata.row_group(group).num_rows)
-    return ParquetIndex(column, first_rows, metadata)
+    sizes = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+    return ParquetIndex(require_audio_column(schema), list(accumulate(sizes, initial=0)))
 
 
 def _read_row_group(path: Path, group: int) -> _RowGroup:
@@ -67,7 +62,7 @@ def _read_row_group(path: Path, group: int) -> _RowGroup:
         batches = file.iter_batches(
             _BATCH_ROWS, row_groups=[group], columns=[index.column], use_threads=False
         )
-        return _RowGroup([batch.column(0) for batch in batches])
+        return _RowGroup(pa.chunked_array([batch.column(0) for batch in batches]))
 
 
 PARQUETS = IndexCache(lambda path, _: read_parquet_index(path), most=_MOST_FILES)
@@ -87,18 +82,19 @@ def open_parquet_row(path: Path, row: int) -> ByteStretch:
         raise AudioError(f"there is no row {row}: it has {index.first_rows[-1]} rows")
     group = bisect_right(index.first_rows, row) - 1
     try:
-        batches = _ROW_GROUPS.get(path, status, part=group).batches
+        cells = _ROW_GROUPS.get(path, status, part=group).cells
     except (pa.ArrowException, OSError) as error:
         raise AudioError(f"cannot be read as Parquet: {str(error).splitlines()[0]}") from error
-    batch, position = divmod(row - index.first_rows[group], _BATCH_ROWS)
-    content = audio_bytes(batches[batch])[position]
-    if not content.is_valid:
-        raise AudioError(no_bytes(audio_path(batches[batch], position)))
+    cell = cells[row - index.first_rows[group]]
+    content = cell.get("bytes") if isinstance(cell, pa.StructScalar) and cell.is_valid else cell
+    if content is None or not content.is_valid:
+        raise AudioError(no_bytes(cell))
     return memory_stretch(content.as_buffer())
 
 
-def no_bytes(path: str | None) -> str:
+def no_bytes(cell: pa.Scalar) -> str:
     """Why a row without bytes is no clip."""
+    path = (cell.as_py() or {}).get("path") if isinstance(cell, pa.StructScalar) else None
     if path is None:
         return "the row holds no audio: its bytes are null"
     return f"the row holds no audio, only the path {path!r}; write the data set with audio embedded"

@@ -82,20 +82,19 @@ def file_troubles(paths: Iterable[str], *, audio_root: Path) -> dict[str, str]:
     members: defaultdict[str, list[str]] = defaultdict(list)
     files = []
     for path in paths:
-        place = split_path(path)
-        # A folder may be called `a.tar`.
-        if place is None or (audio_root / place[0]).is_dir():
+        if (place := split_path(path)) is None:
             files.append(path)
         else:
             members[place[0]].append(place[1])
+    # A folder may be called `a.tar`.
+    folders = {name for name in members if (audio_root / name).is_dir()}
+    files += [f"{name}/{member}" for name in folders for member in members.pop(name)]
     troubles = _file_troubles([*files, *members], audio_root=audio_root)
     for container, names in members.items():
-        trouble = troubles.pop(container, None)
-        found = (
-            member_troubles(audio_root / container, names)
-            if trouble is None
-            else dict.fromkeys(names, trouble)
-        )
+        if trouble := troubles.pop(container, None):
+            found = dict.fromkeys(names, trouble)
+        else:
+            found = member_troubles(audio_root / container, names)
         troubles |= {f"{container}/{name}": why for name, why in found.items()}
     return troubles
 

@@ -9,7 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from patchbank.pipeline.containers import TABLE_SUFFIXES, TAR_SUFFIXES
+from patchbank.pipeline.containers.arrow import open_arrow
 from patchbank.pipeline.containers.audio_column import find_audio_column
+from patchbank.pipeline.errors import AudioError
 from patchbank.pipeline.manifest.columns import CLIP_COLUMNS, is_reserved
 from patchbank.pipeline.manifest.found_audio import ContainerAudio, FoundAudio, found_error
 from patchbank.pipeline.manifest.hugging_face import read_rows
@@ -20,13 +22,20 @@ _Columns = dict[str, pa.Array | pa.ChunkedArray]
 
 
 def is_data_set_file(path: Path) -> bool:
-    """Whether a file is read as audio: a tar, an Arrow file, or Parquet with audio in it."""
-    if path.suffix.lower() != ".parquet":
-        return path.name.lower().endswith((*TAR_SUFFIXES, ".arrow"))
+    """Whether a file is read as audio: a tar, or a table with audio in it.
+
+    A table that cannot be read is taken for one, so that it is refused and not passed over.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in TABLE_SUFFIXES:
+        return path.name.lower().endswith(TAR_SUFFIXES)
     try:
-        return find_audio_column(pq.read_schema(path)) is not None
-    except (pa.ArrowException, OSError):
-        return False  # whoever reads the table says what is wrong
+        if suffix == ".parquet":
+            return find_audio_column(pq.read_schema(path)) is not None
+        with open_arrow(path) as (_, schema, _):
+            return find_audio_column(schema) is not None
+    except (pa.ArrowException, OSError, AudioError):
+        return True
 
 
 def read_data_set(folder: Path, containers: Sequence[str]) -> FoundAudio:

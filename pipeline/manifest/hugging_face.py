@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from patchbank.pipeline.containers.arrow import open_arrow
-from patchbank.pipeline.containers.audio_column import features_of, find_audio_column
+from patchbank.pipeline.containers.audio_column import features_of, require_audio_column
 from patchbank.pipeline.errors import AudioError
 from patchbank.pipeline.manifest.found_audio import ContainerAudio, found_error
 
@@ -50,9 +50,7 @@ def _cells(path: Path) -> pa.Table:
 
 
 def _other_columns(schema: pa.Schema) -> list[str]:
-    audio = find_audio_column(schema)
-    if audio is None:
-        raise AudioError(f"no column holds the bytes of audio; found {', '.join(schema.names)}")
+    audio = require_audio_column(schema)
     return [field.name for field in schema if field.name != audio and _is_plain(field.type)]
 
 

@@ -72,7 +72,7 @@ def read_manifest(
         raise _error(root, "the audio root is no folder; correct --audio-root")
     if place.is_dir():
         return _clips_of_found(place, read_folder(place), root, window)
-    if is_data_set_file(place):
+    if is_data_set_file(place) or place.suffix.lower() == ".arrow":
         found = read_data_set(place.parent, [place.name])
         return replace(_clips_of_found(place.parent, found, root, window), source=str(place))
     return _clips_of_sheet(place, root, window)
