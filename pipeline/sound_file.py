@@ -45,7 +45,8 @@ def open_sound(path: Path) -> Iterator[Sound]:
         else:
             with _opened(path) as content:
                 content.claims_more = _hides_its_length(content, path.suffix)
-                with soundfile.SoundFile(content) as sound:
+                is_plain = locate(path) is None and not content.claims_more
+                with soundfile.SoundFile(path if is_plain else content) as sound:
                     yield sound
     except soundfile.LibsndfileError as error:
         raise AudioError(_reason(path, error)) from error

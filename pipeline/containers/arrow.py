@@ -12,7 +12,11 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64
 
-from patchbank.pipeline.containers.audio_column import audio_bytes, require_audio_column
+from patchbank.pipeline.containers.audio_column import (
+    audio_bytes,
+    require_audio_column,
+    unreadable,
+)
 from patchbank.pipeline.containers.byte_stretch import ByteStretch, file_stretch
 from patchbank.pipeline.containers.index_cache import IndexCache
 from patchbank.pipeline.containers.parquet import no_bytes
@@ -53,7 +57,7 @@ def open_arrow(path: Path) -> Iterator[tuple[pa.NativeFile, pa.Schema, Iterator[
                 stream = pa.ipc.open_stream(source)
                 yield source, stream.schema, iter(stream)
     except (pa.ArrowException, OSError) as error:
-        raise AudioError(f"cannot be read as Arrow: {str(error).splitlines()[0]}") from error
+        raise unreadable("Arrow", error) from error
 
 
 def read_arrow_index(path: Path) -> ArrowIndex:

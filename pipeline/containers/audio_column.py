@@ -60,3 +60,9 @@ def audio_bytes(column: pa.Array) -> pa.Array:
         return column
     # `field` would ignore that the struct itself may be null.
     return pc.struct_field(column, "bytes")
+
+
+def unreadable(kind: str, error: Exception) -> AudioError:
+    """What pyarrow found wrong with a file, in one line without the file's path."""
+    reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+    return AudioError(f"cannot be read as {kind}: {reason}")

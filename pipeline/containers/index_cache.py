@@ -57,11 +57,12 @@ class IndexCache(Generic[Index]):
             lock = self._building if self._one_at_a_time else threading.Lock()
             entry = self._entries.setdefault(key, _Entry(lock))
             self._entries.move_to_end(key)
-        with entry.lock:
-            if entry.index is None:
-                entry.index = self._build(path, part)
-                self._keep(key, len(entry.index))
-            return entry.index
+        if entry.index is None:
+            with entry.lock:
+                if entry.index is None:
+                    entry.index = self._build(path, part)
+                    self._keep(key, len(entry.index))
+        return entry.index
 
     def _keep(self, key: _Key, size: int) -> None:
         with self._lock:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from patchbank.pipeline.containers.audio_column import require_audio_column
+from patchbank.pipeline.containers.audio_column import require_audio_column, unreadable
 from patchbank.pipeline.containers.byte_stretch import ByteStretch, memory_stretch
 from patchbank.pipeline.containers.index_cache import IndexCache
 from patchbank.pipeline.errors import AudioError
@@ -50,7 +50,7 @@ def read_parquet_index(path: Path) -> ParquetIndex:
         with pq.ParquetFile(path) as file:
             metadata, schema = file.metadata, file.schema_arrow
     except (pa.ArrowException, OSError) as error:
-        raise AudioError(f"cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+        raise unreadable("Parquet", error) from error
     sizes = (metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
     return ParquetIndex(require_audio_column(schema), list(accumulate(sizes, initial=0)))
 
@@ -84,7 +84,7 @@ def open_parquet_row(path: Path, row: int) -> ByteStretch:
     try:
         cells = _ROW_GROUPS.get(path, status, part=group).cells
     except (pa.ArrowException, OSError) as error:
-        raise AudioError(f"cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+        raise unreadable("Parquet", error) from error
     cell = cells[row - index.first_rows[group]]
     content = cell.get("bytes") if isinstance(cell, pa.StructScalar) and cell.is_valid else cell
     if content is None or not content.is_valid:

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from patchbank.pipeline.containers.arrow import open_arrow
-from patchbank.pipeline.containers.audio_column import features_of, require_audio_column
+from patchbank.pipeline.containers.audio_column import features_of, require_audio_column, unreadable
 from patchbank.pipeline.errors import AudioError
 from patchbank.pipeline.manifest.found_audio import ContainerAudio, found_error
 
@@ -28,8 +28,7 @@ def read_rows(path: Path) -> ContainerAudio:
     except AudioError as error:
         raise found_error(path, str(error)) from error
     except (pa.ArrowException, OSError) as error:
-        message = f"cannot be read as Parquet: {str(error).splitlines()[0]}"
-        raise found_error(path, message) from error
+        raise found_error(path, str(unreadable("Parquet", error))) from error
     classes = _classes(path, cells.schema)
     label = _label_column(cells.schema, classes)
     named = {name: _named(cells[name], classes.get(name)) for name in cells.column_names}
