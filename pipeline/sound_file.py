@@ -36,22 +36,38 @@ def open_sound(path: Path) -> Iterator[Sound]:
     does not hold the path. Where an MP3 does not say how long it is, `frames` is larger than what
     can be read.
     """
-    try:
+    with _reasons(path):
         if _is_codec(path):
             yield open_codec_sound(path)
-        elif path.suffix.lower() != ".mp3" and locate(path) is None:
-            with soundfile.SoundFile(path) as sound:
-                yield sound
         else:
-            with _opened(path) as content:
-                content.claims_more = _hides_its_length(content, path.suffix)
-                is_plain = locate(path) is None and not content.claims_more
-                with soundfile.SoundFile(path if is_plain else content) as sound:
-                    yield sound
+            with _sound_file(path) as sound:
+                yield sound
+
+
+@contextmanager
+def _reasons(path: Path) -> Iterator[None]:
+    """Turns what libsndfile and the system refuse into `AudioError`."""
+    try:
+        yield
     except soundfile.LibsndfileError as error:
         raise AudioError(_reason(path, error)) from error
     except OSError as error:
         raise AudioError(_os_reason(error)) from error
+
+
+@contextmanager
+def _sound_file(path: Path) -> Iterator[soundfile.SoundFile]:
+    is_plain = locate(path) is None
+    if is_plain and path.suffix.lower() != ".mp3":
+        with soundfile.SoundFile(path) as sound:
+            yield sound
+        return
+    with _opened(path) as content:
+        content.claims_more = _hides_its_length(content, path.suffix)
+        # libsndfile reads a plain file by itself faster than through Python.
+        source = path if is_plain and not content.claims_more else content
+        with soundfile.SoundFile(source) as sound:
+            yield sound
 
 
 def _opened(path: Path) -> ByteStretch:
@@ -96,15 +112,16 @@ def probe_duration_s(path: Path) -> float | None:
     such recordings is not installed.
     """
     try:
-        if _is_codec(path):
-            return codec_duration_s(path)
-        with open_sound(path) as sound:
-            is_guess = sound.frames > _MOST_FRAMES
-            n_frames = _count_frames(sound) if is_guess else sound.frames
-            return float(n_frames / sound.samplerate)
+        with _reasons(path):
+            if _is_codec(path):
+                return codec_duration_s(path)
+            with _sound_file(path) as sound:
+                is_guess = sound.frames > _MOST_FRAMES
+                n_frames = _count_frames(sound) if is_guess else sound.frames
+                return float(n_frames / sound.samplerate)
     except MissingDecoder:
         raise
-    except (AudioError, OSError):
+    except AudioError:
         return None
 
 

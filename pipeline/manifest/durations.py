@@ -8,7 +8,7 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from patchbank.pipeline.containers import TABLE_SUFFIXES, split_path
+from patchbank.pipeline.containers import split_path
 from patchbank.pipeline.sound_file import probe_duration_s
 
 _BATCH = 64  # a future a file would cost as much as reading its header
@@ -31,12 +31,13 @@ def recording_durations_s(paths: Collection[str], *, audio_root: Path) -> dict[s
 
 
 def _batches(paths: Collection[str]) -> list[list[str]]:
-    """Paths by place, in order, some at a time; rows of a table all in one."""
+    """Paths by place, in order, some at a time; rows of a Parquet file, which are read in groups,
+    all in one."""
     rows: defaultdict[str, list[str]] = defaultdict(list)
     others = []
     for path in paths:
         place = split_path(path)
-        if place is not None and place[0].lower().endswith(TABLE_SUFFIXES):
+        if place is not None and place[0].lower().endswith(".parquet"):
             rows[place[0]].append(path)
         else:
             others.append(path)
