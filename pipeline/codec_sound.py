@@ -111,9 +111,10 @@ def is_codec_content(head: bytes) -> bool:
 def open_codec_sound(path: Path) -> CodecSound:
     """The recording at `path`, which may lead into a container, decoded.
 
-    Costs a decode of the whole recording where it is not kept from an earlier window. Up to 1 GiB
-    of samples are kept. Memory is twice a recording's samples while it is decoded; files from
-    1 MiB are decoded one at a time. Raises `AudioError`, for more than 1 GiB of samples too.
+    Costs a decode of the whole recording where it is not kept from an earlier window. 1 GiB of
+    samples are kept, or the two latest long recordings where they are more. Memory is twice a
+    recording's samples while it is decoded; files from 1 MiB are decoded one at a time. Raises
+    `AudioError`, for more than 1 GiB of samples too.
     """
     place = locate(path)
     status = os.stat(path if place is None else place[0])  # noqa: PTH116
@@ -183,4 +184,5 @@ def _decode(path: Path, _: int) -> _Decoded:
 
 
 _SHORT = IndexCache(_decode, most=_KEPT_BYTES // 4)
-_LONG = IndexCache(_decode, most=_KEPT_BYTES // 4 * 3, one_at_a_time=True)
+# Two shards are decoded at a time, each at another recording.
+_LONG = IndexCache(_decode, most=_KEPT_BYTES // 4 * 3, least=2, one_at_a_time=True)

@@ -220,6 +220,20 @@ def test_a_tar_with_members_that_cannot_be_clips_is_no_source(tmp_path: Path) ->
     assert not [line for line in lines if line.startswith(("text.flac", "a.flac"))]
 
 
+def test_a_member_whose_name_is_not_utf8_is_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"\udcff.flac": SOUNDS[0]}, format_=tarfile.GNU_FORMAT)
+    with pytest.raises(ManifestError, match=r"flac: its name is not UTF-8; pack it under another"):
+        read_manifest(tmp_path / "a.tar")
+
+
+def test_the_mistakes_of_all_containers_are_told_at_once(tmp_path: Path) -> None:
+    for name in ("a.tar", "b.tar"):
+        write_tar(tmp_path / name, {"x.txt": b""})
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(tmp_path)
+    assert [Path(problem.file).name for problem in caught.value.problems] == ["a.tar", "b.tar"]
+
+
 def test_a_sparse_member_is_refused(tmp_path: Path) -> None:
     with (tmp_path / "a.wav").open("wb") as file:
         file.truncate(10 << 20)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 from patchbank.pipeline.containers import TABLE_SUFFIXES, TAR_SUFFIXES
 from patchbank.pipeline.containers.arrow import open_arrow
 from patchbank.pipeline.containers.audio_column import find_audio_column
-from patchbank.pipeline.errors import AudioError
+from patchbank.pipeline.errors import AudioError, ManifestError, Problem
 from patchbank.pipeline.manifest.columns import CLIP_COLUMNS, is_reserved
 from patchbank.pipeline.manifest.found_audio import ContainerAudio, FoundAudio, found_error
 from patchbank.pipeline.manifest.hugging_face import read_rows
@@ -47,7 +48,7 @@ def read_data_set(folder: Path, containers: Sequence[str]) -> FoundAudio:
     if len(are_tables) > 1:
         raise found_error(folder, "holds tars and tables with audio; extract one kind at a time")
     read = read_rows if True in are_tables else read_members
-    found = [read(folder / name) for name in containers]
+    found = _read_all(read, [folder / name for name in containers])
     counts = [len(audio.members) for audio in found]
     paths = [
         f"{name}/{member}"
@@ -57,6 +58,26 @@ def read_data_set(folder: Path, containers: Sequence[str]) -> FoundAudio:
     if not paths:
         raise found_error(folder / containers[0], "no audio in it")
     return FoundAudio(paths, _columns(found, containers, counts), _labels(found))
+
+
+def _read_all(
+    read: Callable[[Path], ContainerAudio], containers: Sequence[Path]
+) -> Sequence[ContainerAudio]:
+    """What all containers hold, in order, read by several threads; the mistakes of all at once."""
+    problems: list[Problem] = []
+
+    def attempt(container: Path) -> ContainerAudio | None:
+        try:
+            return read(container)
+        except ManifestError as error:
+            problems.extend(error.problems)
+            return None
+
+    with ThreadPoolExecutor(max_workers=8) as threads:
+        found = list(threads.map(attempt, containers))
+    if problems:
+        raise ManifestError(sorted(problems, key=str))
+    return [audio for audio in found if audio is not None]
 
 
 def _columns(

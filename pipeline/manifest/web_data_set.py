@@ -41,7 +41,7 @@ def read_members(path: Path) -> ContainerAudio:
 
 def _refuse_trouble(path: Path, index: TarIndex) -> None:
     problems = [
-        Problem(str(path), None, None, f"{name}: {trouble}")
+        Problem(str(path), None, None, f"{_printable(name)}: {trouble}")
         for name, trouble in index.troubles.items()
         if is_audio_name(name, AUDIO_SUFFIXES)
     ]
@@ -49,6 +49,10 @@ def _refuse_trouble(path: Path, index: TarIndex) -> None:
         problems.append(Problem(str(path), None, None, index.damage))
     if problems:
         raise ManifestError(problems)
+
+
+def _printable(name: str) -> str:
+    return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _sample(name: str) -> str:
