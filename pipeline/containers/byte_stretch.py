@@ -53,6 +53,12 @@ class ByteStretch(io.RawIOBase):
         self._position += n_read
         return n_read
 
+    def readall(self) -> bytes:
+        # The inherited one reads 8 KiB at a time.
+        buffer = bytearray(max(0, self.size - self._position))
+        n_read = self.readinto(buffer)
+        return bytes(memoryview(buffer)[:n_read])
+
     def close(self) -> None:
         if not self.closed and self._close is not None:
             self._close()
