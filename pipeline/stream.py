@@ -14,6 +14,7 @@ from torch import Tensor
 
 from patchbank.pipeline.audio import DecodedClip, decode_clip, probe_duration_s
 from patchbank.pipeline.bank.dtypes import STORED_TYPES, prefix_type
+from patchbank.pipeline.containers import locate
 from patchbank.pipeline.encoders.base import Encoder, features_of
 from patchbank.pipeline.errors import AudioError
 from patchbank.pipeline.specs import StoredDType, WindowSpec
@@ -113,7 +114,7 @@ class TokenStream:
 
 def windows_of(path: Path, window: WindowSpec) -> list[Window]:
     """The windows that a recording gives; `AudioError` where its length cannot be read."""
-    if not path.is_file():
+    if locate(path) is None and not path.is_file():
         raise AudioError("there is no such file")
     length_s = probe_duration_s(path)
     if not length_s:

@@ -230,7 +230,9 @@ def test_parquet_mistakes_are_found_by_row(root: Path) -> None:
 
 # Mistakes
 
-KNOWN = "known types: .wav .flac .ogg .oga .mp3 .aif .aiff .aifc .au .caf .opus .rf64 .snd .w64"
+KNOWN = (
+    "known types: .wav .flac .ogg .oga .mp3 .aif .aiff .opus .aifc .au .caf .rf64 .snd .w64 .m4a"
+)
 MISTAKES = {
     "no file": ("path\ngone.wav\n", "2:path: 'gone.wav': there is no such file under the audio"),
     "no folder": ("path\nx/a.wav\n", "2:path: 'x/a.wav': there is no such file under the audio"),
@@ -238,7 +240,7 @@ MISTAKES = {
     "a folder": ("path\nd.wav\n", "2:path: 'd.wav': found something else, expected a file"),
     "empty path": ("path,n\n,1\n", "2:path: found an empty cell, expected the path of an audio"),
     "text": ("path\na.txt\n", f"2:path: 'a.txt' has the unknown type '.txt'; {KNOWN}"),
-    "m4a": ("path\na.m4a\n", f"2:path: 'a.m4a' has the unknown type '.m4a'; {KNOWN}"),
+    "mid": ("path\na.mid\n", f"2:path: 'a.mid' has the unknown type '.mid'; {KNOWN}"),
     "no type": ("path\na\n", f"2:path: 'a' has the unknown type ''; {KNOWN}"),
     "absolute": ("path\n/etc/a.wav\n", "2:path: '/etc/a.wav' is outside the audio root; give its"),
     "backslash": (

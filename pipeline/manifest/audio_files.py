@@ -8,10 +8,15 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-FOLDER_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".mp3", ".aif", ".aiff")
-"""What a folder is searched for."""
-AUDIO_SUFFIXES = (*FOLDER_SUFFIXES, ".aifc", ".au", ".caf", ".opus", ".rf64", ".snd", ".w64")
-"""What a table may list: all that libsndfile recognises by content."""
+from patchbank.pipeline.codec_sound import CODEC_SUFFIXES, codec_trouble, is_codec_name
+from patchbank.pipeline.containers import TABLE_SUFFIXES, member_troubles, split_path
+
+_SOUND_SUFFIXES = (".wav", ".flac", ".ogg", ".oga", ".mp3", ".aif", ".aiff", ".opus")
+FOLDER_SUFFIXES = (*_SOUND_SUFFIXES, ".m4a", ".aac", ".wma", ".mka", ".webm")
+"""What a folder is searched for; videos have to be listed in a table."""
+_LIBSNDFILE_SUFFIXES = (*_SOUND_SUFFIXES, ".aifc", ".au", ".caf", ".rf64", ".snd", ".w64")
+AUDIO_SUFFIXES = (*_LIBSNDFILE_SUFFIXES, *CODEC_SUFFIXES)
+"""What a table may list: all that libsndfile recognises by content, and what torchcodec reads."""
 
 
 class UnusablePathError(ValueError):
@@ -38,7 +43,9 @@ def relative_path(path: str, *, roots: Iterable[str]) -> str:
     tidy = posixpath.normpath(path) if path.startswith("/") else posixpath.normpath("/" + path)[1:]
     if path.startswith("/"):
         tidy = _below(tidy, roots)
-    if not is_audio_name(tidy, AUDIO_SUFFIXES):
+    place = split_path(tidy)
+    is_row = place is not None and place[0].lower().endswith(TABLE_SUFFIXES)
+    if not is_row and not is_audio_name(tidy, AUDIO_SUFFIXES):
         found, known = posixpath.splitext(tidy)[1], " ".join(AUDIO_SUFFIXES)
         raise UnusablePathError(f"{path!r} has the unknown type {found!r}; known types: {known}")
     return tidy
@@ -58,8 +65,41 @@ def root_names(audio_root: Path) -> tuple[str, str]:
     return os.path.abspath(audio_root).rstrip("/"), os.path.realpath(audio_root).rstrip("/")  # noqa: PTH100
 
 
+def decoder_trouble(paths: Iterable[str]) -> str | None:
+    """What is missing here to decode some of `paths`; None where nothing is."""
+    names = [path for path in paths if is_codec_name(path)]
+    trouble = codec_trouble() if names else None
+    if trouble is None:
+        return None
+    return f"{len(names)} recordings like {names[0]!r} need torchcodec; {trouble}"
+
+
 def file_troubles(paths: Iterable[str], *, audio_root: Path) -> dict[str, str]:
-    """Why some of the relative `paths` cannot be read; one listing a folder, no look at a file."""
+    """Why some of the relative `paths` cannot be read.
+
+    One listing a folder, no look at a file; of containers the index is read, no member.
+    """
+    members: defaultdict[str, list[str]] = defaultdict(list)
+    files = []
+    for path in paths:
+        if (place := split_path(path)) is None:
+            files.append(path)
+        else:
+            members[place[0]].append(place[1])
+    # A folder may be called `a.tar`.
+    folders = {name for name in members if (audio_root / name).is_dir()}
+    files += [f"{name}/{member}" for name in folders for member in members.pop(name)]
+    troubles = _file_troubles([*files, *members], audio_root=audio_root)
+    for container, names in members.items():
+        if trouble := troubles.pop(container, None):
+            found = dict.fromkeys(names, trouble)
+        else:
+            found = member_troubles(audio_root / container, names)
+        troubles |= {f"{container}/{name}": why for name, why in found.items()}
+    return troubles
+
+
+def _file_troubles(paths: Iterable[str], *, audio_root: Path) -> dict[str, str]:
     root = os.path.realpath(audio_root)
     names_by_folder: defaultdict[str, set[str]] = defaultdict(set)
     for path in paths:

@@ -46,6 +46,11 @@ _RESERVED = re.compile(
 """What a bank writes beside the user's columns; a plain `sha256` of the file stays the user's."""
 
 
+def is_reserved(name: str) -> bool:
+    """Whether a bank writes a column of that name itself."""
+    return _RESERVED.fullmatch(name) is not None
+
+
 def header_problems(sheet: Sheet) -> list[Problem]:
     """A missing `path`, and user columns that a bank needs for itself."""
     names = sheet.cells.column_names
@@ -53,7 +58,7 @@ def header_problems(sheet: Sheet) -> list[Problem]:
         [] if "path" in names else [Problem(sheet.file, sheet.header_line, None, _no_path(names))]
     )
     for name in names:
-        if _RESERVED.fullmatch(name):
+        if is_reserved(name):
             message = "a bank writes a column of that name itself; rename yours"
             problems.append(Problem(sheet.file, sheet.header_line, name, message))
     return problems

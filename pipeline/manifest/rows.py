@@ -9,6 +9,7 @@ from pathlib import Path
 from patchbank.pipeline.errors import Problem
 from patchbank.pipeline.manifest.audio_files import (
     UnusablePathError,
+    decoder_trouble,
     file_troubles,
     relative_path,
     root_names,
@@ -75,6 +76,9 @@ def _paths(sheet: Sheet, audio_root: Path) -> tuple[list[str | None], list[Probl
             message = f"{path!r}: {troubles[path]}"
             problems.append(Problem(sheet.file, sheet.lines[row], "path", message))
             paths[row] = None
+    if trouble := decoder_trouble(path for path in paths if path):
+        # One mistake, not one a row; no clip of the table can be decoded before it is put right.
+        return [None] * len(paths), [*problems, Problem(sheet.file, None, "path", trouble)]
     return paths, problems
 
 

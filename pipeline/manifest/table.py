@@ -1,24 +1,27 @@
 """The clip table: which stretches of which recordings a bank is made of.
 
-It comes from a CSV or Parquet file, or from a folder of class folders. All its mistakes are
-reported at once, before any clip is decoded. A file that is there but broken is no mistake of
-the table: it stays as one clip without audio and fails, with its reason, when it is decoded.
+It comes from a CSV or Parquet file, a folder of class folders, or a data set in containers. All
+its mistakes are reported at once, before any clip is decoded. A file that is there but broken is no
+mistake of the table: it stays as one clip without audio and fails, with its reason, when it is
+decoded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from patchbank.pipeline.errors import ManifestError, Problem
-from patchbank.pipeline.manifest.audio_files import file_troubles
+from patchbank.pipeline.manifest.audio_files import decoder_trouble, file_troubles
 from patchbank.pipeline.manifest.columns import header_problems, kept_columns
+from patchbank.pipeline.manifest.data_set import is_data_set_file, read_data_set
 from patchbank.pipeline.manifest.durations import recording_durations_s
-from patchbank.pipeline.manifest.folder import AudioFolder, read_folder
+from patchbank.pipeline.manifest.folder import read_folder
+from patchbank.pipeline.manifest.found_audio import FoundAudio
 from patchbank.pipeline.manifest.rows import CheckedRows, check_rows
 from patchbank.pipeline.manifest.sheet import Sheet, read_sheet
 from patchbank.pipeline.manifest.views import view_problems
@@ -40,7 +43,7 @@ class ClipTable:
     """
     audio_root: Path
     labels: pa.Table | None
-    """`clip_id, labels`, where class folders tell them."""
+    """`clip_id, labels`, where class folders or a data set tell them."""
     source: str
     """The table or folder as it was given."""
 
@@ -54,19 +57,25 @@ def read_manifest(
     audio_root: Path | None = None,
     window: WindowSpec = WindowSpec(),  # noqa: B008 - frozen
 ) -> ClipTable:
-    """The clips that a table or a folder of audio gives under `window`.
+    """The clips that a table, a folder of audio or a data set gives under `window`.
 
     `audio_root` is the table's folder, or the folder itself, unless given. The headers of
     recordings without a `duration_s` are read. Raises `ManifestError` with every mistake.
     """
     place = Path(source)
     if not place.exists():
-        raise _error(place, "nothing is there; expected a .csv or .parquet table, or a folder")
+        raise _error(
+            place, "nothing is there; expected a .csv or .parquet table, a .tar, or a folder"
+        )
     root = audio_root or (place if place.is_dir() else place.parent)
     if not root.is_dir():
         raise _error(root, "the audio root is no folder; correct --audio-root")
-    read = _clips_of_folder if place.is_dir() else _clips_of_sheet
-    return read(place, root, window)
+    if place.is_dir():
+        return _clips_of_found(place, read_folder(place), root, window)
+    if is_data_set_file(place) or place.suffix.lower() == ".arrow":
+        found = read_data_set(place.parent, [place.name])
+        return replace(_clips_of_found(place.parent, found, root, window), source=str(place))
+    return _clips_of_sheet(place, root, window)
 
 
 def _error(file: Path, message: str) -> ManifestError:
@@ -121,32 +130,35 @@ def _clip_table(segments: Segments, cuts: Cuts, kept: Mapping[str, Any]) -> pa.T
     return pa.table(columns | {name: cells.take(owners) for name, cells in kept.items()})
 
 
-def _clips_of_folder(folder: Path, audio_root: Path, window: WindowSpec) -> ClipTable:
-    found = read_folder(folder)
+def _clips_of_found(
+    folder: Path, found: FoundAudio, audio_root: Path, window: WindowSpec
+) -> ClipTable:
     paths = _paths_below(audio_root, folder, found)
     recordings_s = recording_durations_s(paths, audio_root=audio_root)
     durations_s = [recordings_s[path] or 0.0 for path in paths]
     segments = Segments(paths, [None] * len(paths), [0.0] * len(paths), durations_s)
     cuts = cut(segments, window)
-    kept = {} if found.splits is None else {"split": pa.array(found.splits, pa.string())}
-    clips = _clip_table(segments, cuts, kept)
+    clips = _clip_table(segments, cuts, found.columns)
     return ClipTable(clips, audio_root, _label_table(found, clips, cuts), str(folder))
 
 
-def _paths_below(audio_root: Path, folder: Path, found: AudioFolder) -> Sequence[str]:
+def _paths_below(audio_root: Path, folder: Path, found: FoundAudio) -> Sequence[str]:
     try:
         place = folder.resolve().relative_to(audio_root.resolve())
     except ValueError as error:
         raise _error(folder, f"is outside the audio root {audio_root}") from error
     paths = [(place / path).as_posix() for path in found.paths]
+    if trouble := decoder_trouble(paths):
+        raise _error(folder, trouble)
     if troubles := file_troubles(paths, audio_root=audio_root):
         places = [(str(audio_root / path), trouble) for path, trouble in sorted(troubles.items())]
         raise ManifestError([Problem(file, None, None, trouble) for file, trouble in places])
     return paths
 
 
-def _label_table(found: AudioFolder, clips: pa.Table, cuts: Cuts) -> pa.Table | None:
+def _label_table(found: FoundAudio, clips: pa.Table, cuts: Cuts) -> pa.Table | None:
+    """The labels of clips of which any are known; a clip without is left out."""
     if found.labels is None:
         return None
-    labels = [found.labels[segment] for segment in cuts.segments]
-    return pa.table({"clip_id": clips["clip_id"], "labels": pa.array(labels, pa.string())})
+    cells = pa.array([found.labels[segment] for segment in cuts.segments], pa.string())
+    return pa.table({"clip_id": clips["clip_id"], "labels": cells}).filter(cells.is_valid())
