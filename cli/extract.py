@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 def extract(
     clips: Annotated[
-        Path, typer.Argument(metavar="CLIPS", help="CSV or Parquet table, or a folder of audio.")
+        Path,
+        typer.Argument(
+            metavar="CLIPS",
+            help="CSV or Parquet table, folder of audio, or data set (tar, Parquet, Arrow).",
+        ),
     ],
     encoder: Annotated[
         str,

@@ -112,7 +112,7 @@ def human_time(seconds: float) -> str:
 
 
 def write_labels(table: ClipTable, out: Path) -> Path | None:
-    """The labels of a folder of class folders, as X.labels.csv beside X.bank.
+    """The labels of class folders or of a data set, as X.labels.csv beside X.bank.
 
     A file that is there already may have been corrected by hand: it is left alone.
     """
@@ -166,6 +166,6 @@ def print_bank(
         print(line, file=sys.stderr)
     print(f"{bank.path}: {bank.n_clips} clips, {n_failed} failed, {bank.fingerprint[:12]}")
     if labels:
-        print(f"{labels}: labels from the folder names")
+        print(f"{labels}: labels that the folders or the data set give")
     if profile:
         print("\n".join(["", *profile.lines()]))
