@@ -12,200 +12,58 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import extract_bare
 import numpy as np
-import usual_loop
-from extract_bare import BareJob
 from extract_cases import Case, cases
+from extract_measures import KINDS, N_CORES, Bench, Measure, is_chosen, missing_for_workers
 from extract_report import (
-    NO_START,
-    WHOLE,
     Figures,
     lines_of,
-    notes_of,
+    memory_notes,
     print_lines,
     profile_table,
+    rate_notes,
 )
-from extract_runs import Extract, Ran, RunFailed, run_process, without_start_up
-from extract_sizes import Size, size_of
+from extract_runs import Extract, RunFailed
+from extract_sizes import size_of
 from machine import describe, machine_facts
-from usual_loop import LoopJob
-
-HERE = Path(__file__).parent
-KINDS = ("bare", "command", "usual", "workers")
-N_CORES = len(os.sched_getaffinity(0))
-
-
-@dataclass(frozen=True)
-class Measure:
-    """Something that runs in every round, or in the first one."""
-
-    name: str
-    run: Callable[[str, int], None]
-    once: bool = False
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What is measured of one case."""
-
-    case: Case
-    weights: Path | None
-    size: Size
-    extract: Extract
-    figures: Figures
-    options: argparse.Namespace
-
-    def measures(self) -> Iterator[Measure]:
-        """Those that were asked for."""
-        case, chosen = self.case, partial(is_chosen, self.case, options=self.options)
-        if case.is_encoder and chosen("bare"):
-            for job in self._bare_jobs():
-                yield Measure(f"{case.name} bare {job.name}", partial(self._bare, job))
-        if chosen("command"):
-            for dtype in case.dtypes:
-                yield Measure(f"{case.name} command {dtype}", partial(self._command, dtype=dtype))
-        if case.is_encoder and chosen("usual") and find_spec("h5py"):
-            yield Measure(f"{case.name} usual loop", self._usual)
-        if case.is_encoder and chosen("workers") and not missing_for_workers(self.extract):
-            one, two = worker_options(1), worker_options(2)
-            run = partial(self._command, n_clips=self.size.n_clips_of_workers)
-            yield Measure(f"{case.name} 1 worker", partial(run, options=one))
-            yield Measure(f"{case.name} 2 workers", partial(run, options=two))
-            if shutil.which("taskset"):
-                core = min(os.sched_getaffinity(0))
-                run = partial(run, options=one, core=core)
-                yield Measure(f"{case.name} 1 worker on one core", run, once=True)
-
-    def _bare_jobs(self) -> list[BareJob]:
-        job: dict[str, Any] = {
-            "encoder": self.case.encoder,
-            "weights": str(self.weights) if self.weights else None,
-            "device": self.options.device,
-            "seconds": self.options.bare_seconds,
-            "paths": [str(path) for path in self.case.audio.paths],
-        }
-        if self.options.is_gpu:
-            return extract_bare.gpu_ways(job)
-        return extract_bare.cpu_ways(job, batch_size=self.size.batch_size)
-
-    def _bare(self, job: BareJob, name: str, number: int) -> None:
-        ran = run_process([sys.executable, HERE / "extract_bare.py", extract_bare.as_argument(job)])
-        for what, rate in ran.facts["rates"].items():
-            self.figures.add(f"{self.case.name} bare {what}: {job.name}", number, rate)
-        self._note_memory(name, ran, ran.facts.get("peak_gpu_bytes"))
-
-    def _command(
-        self,
-        name: str,
-        number: int,
-        *,
-        dtype: str = "float16",
-        n_clips: int | None = None,
-        options: Sequence[str] = (),
-        core: int | None = None,
-    ) -> None:
-        n_clips, audio = n_clips or self.size.n_clips, self.case.audio
-        audio.into_cache(cold=self.options.cold)
-        ran = self.extract.run(
-            audio.table(n_clips),
-            encoder=self.case.encoder,
-            weights=self.weights,
-            dtype=dtype,
-            options=options,
-            core=core,
-        )
-        self._add(name, number, n_clips, ran)
-        if isinstance(profile := ran.facts.get("profile"), dict):
-            self.figures.profiles[name] = profile
-
-    def _usual(self, name: str, number: int) -> None:
-        audio, out = self.case.audio, self.extract.folder / "usual.h5"
-        audio.into_cache(cold=self.options.cold)
-        job = LoopJob(
-            encoder=self.case.encoder,
-            weights=str(self.weights),
-            device=self.options.device,
-            batch_size=64 if self.options.is_gpu else 16,
-            n_workers=N_CORES,
-            table=str(audio.table(self.size.n_clips)),
-            out=str(out),
-        )
-        os.sync()
-        try:
-            ran = run_process(
-                [sys.executable, HERE / "usual_loop.py", usual_loop.as_argument(job)],
-                watches_gpu=self.options.is_gpu,
-            )
-        finally:
-            out.unlink(missing_ok=True)
-        self._add(name, number, self.size.n_clips, ran)
-
-    def _add(self, name: str, number: int, n_clips: int, ran: Ran) -> None:
-        self.figures.add(f"{name}, {WHOLE}", number, n_clips / ran.seconds)
-        self.figures.add(f"{name}, {NO_START}", number, without_start_up(ran.facts))
-        self._note_memory(name, ran, ran.peak_gpu_bytes)
-
-    def _note_memory(self, name: str, ran: Ran, gpu_bytes: int | None) -> None:
-        memory, gpu = self.figures.memory, self.figures.gpu_memory
-        memory[name] = max(memory.get(name, 0), ran.peak_rss_bytes)
-        if gpu_bytes is not None:
-            gpu[name] = max(gpu.get(name, 0), gpu_bytes)
-
-
-def worker_options(n_workers: int) -> list[str]:
-    return ["--workers", str(n_workers), "--threads", "1"]
-
-
-def missing_for_workers(extract: Extract) -> list[str]:
-    return [flag for flag in ("--workers", "--threads") if flag not in extract.flags]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
+    figures = Figures()
     with work_folder(options) as folder:
         facts = machine_facts(folder) | gpu_facts(options)
         print(describe(facts), *gpu_line(facts), sep="\n", flush=True)
         extract = Extract(options.device, folder)
-        figures, notes = Figures(), [*missing_parts(extract, options)]
-        chosen: list[Case] = []
-        benches: list[Bench] = []
-        for case in cases(
-            folder,
-            device=options.device,
-            weights=options.weights,
-            n_files=options.files,
-            quick=options.quick,
-        ):
-            if isinstance(case, str):
-                notes.append(case)
-            elif any(is_chosen(case, kind, options=options) for kind in KINDS):
-                weights = prepare(case, folder)
-                size = size_of(case, weights, extract, options)
-                notes += size.notes
-                chosen.append(case)
-                benches.append(Bench(case, weights, size, extract, figures, options))
-        failed = run_rounds([m for bench in benches for m in bench.measures()], options.rounds)
-    lines = [line for case in chosen for line in lines_of(figures, case)]
+        notes, failed = [*missing_parts(extract, options)], []
+        benches = []
+        for case in chosen_cases(folder, options, notes):
+            try:
+                benches.append(prepare(case, extract, figures, options))
+            except RunFailed as error:
+                failed.append(f"failed before the rounds: {case.name}: {error}")
+                say(failed[-1])
+        failed += run_rounds([m for bench in benches for m in bench.measures()], options.rounds)
+    lines = [line for bench in benches for line in lines_of(figures, bench.case)]
     print_lines(lines)
-    print()
-    for case in chosen:
-        notes += notes_of(figures, case, n_cores=N_CORES, is_gpu=options.is_gpu)
+    for bench in benches:
+        notes += bench.size.notes
+        notes += memory_notes(figures, bench.case)
+        if not options.quick:
+            notes += rate_notes(figures, bench.case, n_cores=N_CORES, is_gpu=options.is_gpu)
     for name, profile in figures.profiles.items():
         notes += profile_table(name, profile)
-    print(*notes, *failed, sep="\n")
+    print("", *notes, *failed, sep="\n")
     if options.json:
         content = {
             "machine": facts,
@@ -236,9 +94,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE")
     add("--keep", type=Path, metavar="FOLDER", help="work there and leave audio and weights")
     options = parser.parse_args(arguments)
-    for name, usual, quick in (("rounds", 3, 1), ("seconds", 60.0, 2.0), ("files", 512, 24)):
+    for name, usual, quick in (("rounds", 3, 1), ("seconds", 60.0, 1.0), ("files", 512, 16)):
         if getattr(options, name) is None:
             setattr(options, name, quick if options.quick else usual)
+    options.whole_case = None
     options.bare_seconds = options.seconds / 6
     options.is_gpu = options.device.startswith("cuda")
     if options.weights is not None and not options.weights.is_file():
@@ -249,11 +108,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def is_chosen(case: Case, kind: str, *, options: argparse.Namespace) -> bool:
-    """Whether `--only` names the case, the kind, or where both are named, both."""
-    kinds = set(options.only) & set(KINDS)
-    names = set(options.only) - kinds
-    return (not kinds or kind in kinds) and (not names or case.name in names)
+def chosen_cases(folder: Path, options: argparse.Namespace, notes: list[str]) -> list[Case]:
+    """The cases of which something was asked for; what else is left out comes to the notes."""
+    found: list[Case] = []
+    for case in cases(
+        folder,
+        device=options.device,
+        weights=options.weights,
+        n_files=options.files,
+        quick=options.quick,
+    ):
+        if isinstance(case, str):
+            notes.append(case)
+        else:
+            found.append(case)
+    if options.quick and not options.only:
+        options.whole_case = found[0].name
+        others = ", ".join(case.name for case in found[1:] if case.is_encoder)
+        if others:
+            notes.append(f"--quick leaves out {others}; name it with --only")
+    return [case for case in found if any(is_chosen(case, kind, options) for kind in KINDS)]
 
 
 @contextmanager
@@ -266,11 +140,13 @@ def work_folder(options: argparse.Namespace) -> Iterator[Path]:
         yield Path(folder)
 
 
-def prepare(case: Case, folder: Path) -> Path | None:
-    say(f"{case.name}: audio and weights")
+def prepare(case: Case, extract: Extract, figures: Figures, options: argparse.Namespace) -> Bench:
+    say(f"{case.name}: audio, weights, and how many clips a run has")
     case.audio.make()
     case.audio.into_cache(cold=False)
-    return case.write_weights(folder) if case.write_weights else None
+    weights = case.write_weights(extract.folder) if case.write_weights else None
+    size = size_of(case, weights, extract, options)
+    return Bench(case, weights, size, extract, figures, options)
 
 
 def run_rounds(measures: Sequence[Measure], n_rounds: int) -> list[str]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import csv
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -43,8 +42,8 @@ class AudioPool:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         write = partial(_write, rate_hz=self.rate_hz)
-        with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-            list(pool.map(write, self.paths, range(self.n_files), chunksize=8))
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(write, self.paths, range(self.n_files)))
         mark.write_text(repr(self))
 
     def into_cache(self, *, cold: bool) -> None:

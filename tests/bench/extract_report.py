@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from extract_cases import Case
 
-WHOLE, NO_START = "whole", "without start-up"
+WHOLE, NO_START = KINDS = "whole", "without start-up"
 BARE = ("encode", "frontend + encode")
 AUDIOSET_CLIPS = 2_040_000
 COLUMNS = ("", "clips/s", "range", "ratio (range) of what, in the same round")
@@ -81,16 +81,12 @@ def lines_of(figures: Figures, case: Case) -> Iterator[Line]:
     for what in BARE:
         names = [name for name in figures.values if name.startswith(f"{case.name} bare {what}: ")]
         yield from _lines(figures, names, {})
-    commands = [f"{case.name} command {dtype}" for dtype in case.dtypes]
-    for command in commands:
-        for kind in (WHOLE, NO_START):
-            yield from _lines(figures, [f"{command}, {kind}"], against if case.is_encoder else {})
-    for kind in (WHOLE, NO_START):
-        usual = f"{case.name} usual loop, {kind}"
-        yield from _lines(figures, [usual], {})
-        for command in commands:
-            yield from _inverse(figures, f"{command}, {kind}", usual)
-    for kind in (WHOLE, NO_START):
+    for dtype in case.dtypes:
+        for kind in KINDS:
+            loop = {"the usual loop": f"{case.name} usual loop, {kind}"}
+            yield from _lines(figures, [f"{case.name} command {dtype}, {kind}"], against | loop)
+    yield from _lines(figures, [f"{case.name} usual loop, {kind}" for kind in KINDS], {})
+    for kind in KINDS:
         one = f"{case.name} 1 worker, {kind}"
         pinned = f"{case.name} 1 worker on one core, {kind}"
         yield from _lines(figures, [one, pinned], {})
@@ -109,14 +105,6 @@ def _lines(
                 what: ratio for what, of in against.items() if (ratio := figures.ratio(name, of))
             }
             yield Line(name, float(np.median(found)), min(found), max(found), ratios)
-
-
-def _inverse(figures: Figures, command: str, usual: str) -> Iterator[Line]:
-    ratio = figures.ratio(command, usual)
-    found = figures.over_rounds(command)
-    if ratio is not None:
-        name = f"{command}, against the loop"
-        yield Line(name, float(np.median(found)), min(found), max(found), {"usual loop": ratio})
 
 
 def print_lines(lines: Sequence[Line]) -> None:
@@ -138,27 +126,32 @@ def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def notes_of(figures: Figures, case: Case, *, n_cores: int, is_gpu: bool) -> Iterator[str]:
-    """Memory, and what follows from the rates."""
+def memory_notes(figures: Figures, case: Case) -> Iterator[str]:
+    """Peaks of every measure."""
     for name, n_bytes in figures.memory.items():
         if name.startswith(f"{case.name} "):
             gpu = figures.gpu_memory.get(name)
             beside = "" if gpu is None else f", {gpu / 2**30:.2f} GiB of GPU memory"
             yield f"{name}: peak memory {n_bytes / 2**30:.2f} GiB{beside}"
+
+
+def rate_notes(figures: Figures, case: Case, *, n_cores: int, is_gpu: bool) -> Iterator[str]:
+    """What follows from the command's rates."""
     for dtype in case.dtypes:
-        for kind in (WHOLE, NO_START):
-            name = f"{case.name} command {dtype}, {kind}"
-            rate = figures.median(name)
-            if rate is None:
-                continue
-            if is_gpu and case.is_encoder:
+        measured = [f"{case.name} command {dtype}, {kind}" for kind in KINDS]
+        rates = {name: rate for name in measured if (rate := figures.median(name))}
+        if is_gpu and case.is_encoder:
+            for name, rate in rates.items():
                 hours = AUDIOSET_CLIPS / rate / 3_600
                 yield f"{name}: AudioSet-2M, {AUDIOSET_CLIPS:,} clips, takes {hours:.1f} h"
-            if not case.is_encoder:
-                yield (
-                    f"{name}: {rate / n_cores:,.0f} clips/s a core on {n_cores} cores; an encoder "
-                    f"of 1,000 clips/s needs {1_000 * n_cores / rate:.1f} such cores"
-                )
+        if rates and not case.is_encoder:
+            # Without start-up where it is known.
+            name, rate = list(rates.items())[-1]
+            yield (
+                f"{name}: {rate / n_cores:,.3g} clips/s a core on {n_cores} cores, cast and "
+                f"pooling of the tokens included; an encoder of 1,000 clips/s needs "
+                f"{1_000 * n_cores / rate:.1f} such cores"
+            )
 
 
 def profile_table(name: str, profile: Mapping[str, Any]) -> Iterator[str]:

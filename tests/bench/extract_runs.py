@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -137,7 +137,6 @@ class Extract:
     device: str
     folder: Path
     """For its banks, which are removed after each run."""
-    used: set[str] = field(default_factory=set)
 
     @cached_property
     def _program(self) -> list[str]:

@@ -11,13 +11,15 @@ from pathlib import Path
 from extract_cases import Case
 from extract_runs import Extract, Ran, without_start_up
 
+from patchbank.pipeline.environment import default_batch_size
+
 FIRST_CLIPS = {True: 256, False: 16}
 """Of the first try, where clips are fast (a GPU, or no encoder) and where they are not."""
 SHARE_OF_TIME = 8
 """A try that takes this part of the time tells the rate well enough."""
 GROWTH = 8
 DISK_SHARE = 0.4
-QUICK_CLIPS = 48
+QUICK_CLIPS = 32
 BATCH = 16
 """Clips come in whole batches."""
 
@@ -38,6 +40,8 @@ def size_of(
     case: Case, weights: Path | None, extract: Extract, options: argparse.Namespace
 ) -> Size:
     """From runs with few clips that come before the rounds and count for nothing."""
+    if options.quick:
+        return Size(QUICK_CLIPS, QUICK_CLIPS, default_batch_size(options.device))
     n_clips = FIRST_CLIPS[options.is_gpu or not case.is_encoder]
 
     def run(*, dry: bool = False) -> Ran:
@@ -46,31 +50,24 @@ def size_of(
             table, encoder=case.encoder, weights=weights, dtype=case.dtypes[0], dry=dry
         )
 
-    if options.quick:
-        n_clips = QUICK_CLIPS
-        return Size(n_clips, n_clips, _batch_size(run(), options))
     dry = run(dry=True)
     most = int(DISK_SHARE * shutil.disk_usage(extract.folder).free * n_clips / dry.facts["bytes"])
     while True:
         ran = run()
         # Without a profile, a dry run is what start-up takes, or nearly.
         rate = without_start_up(ran.facts) or n_clips / max(ran.seconds - dry.seconds, 0.5)
-        if n_clips / rate >= options.seconds / SHARE_OF_TIME or n_clips >= most:
+        wanted = whole_batches(rate * options.seconds)
+        larger = min(GROWTH * n_clips, wanted, whole_batches(most))
+        if n_clips / rate >= options.seconds / SHARE_OF_TIME or larger <= n_clips:
             break
-        n_clips = min(GROWTH * n_clips, whole_batches(rate * options.seconds), whole_batches(most))
-    wanted = whole_batches(rate * options.seconds)
+        n_clips = larger
     chosen = min(wanted, whole_batches(most))
     notes = (f"{case.name}: {chosen:,} clips a run",)
     if chosen < wanted:
         notes = (f"{notes[0]}, {DISK_SHARE:.0%} of the free disk, where {wanted:,} were wanted",)
-    return Size(chosen, whole_batches(chosen / 2), _batch_size(ran, options), notes)
+    batch_size = ran.facts.get("batch_size") or default_batch_size(options.device)
+    return Size(chosen, whole_batches(chosen / 2), int(batch_size), notes)
 
 
 def whole_batches(n_clips: float) -> int:
     return BATCH * max(2, math.floor(n_clips / BATCH))
-
-
-def _batch_size(ran: Ran, options: argparse.Namespace) -> int:
-    from patchbank.pipeline.environment import default_batch_size
-
-    return int(ran.facts.get("batch_size") or default_batch_size(options.device))
