@@ -174,7 +174,9 @@ def missing_parts(extract: Extract, options: argparse.Namespace) -> Iterator[str
         yield "--quick: tiny encoders and short runs; the figures mean nothing"
     if "--profile" not in extract.flags:
         yield "this version has no --profile: the command's rates without start-up are left out"
-    if lacking := missing_for_workers(extract):
+    if options.is_gpu:
+        yield "one and two CPU workers are left out: they are compared on a CPU"
+    elif lacking := missing_for_workers(extract):
         yield f"this version has no {' and no '.join(lacking)}: one and two workers are left out"
     elif not shutil.which("taskset"):
         yield "there is no taskset: one worker on one core is left out"

@@ -58,7 +58,13 @@ class Bench:
                 yield Measure(f"{case.name} command {dtype}", partial(self._command, dtype=dtype))
         if case.is_encoder and chosen("usual") and find_spec("h5py"):
             yield Measure(f"{case.name} usual loop", self._usual)
-        if case.is_encoder and chosen("workers") and not missing_for_workers(self.extract):
+        is_cpu = not self.options.is_gpu
+        if (
+            case.is_encoder
+            and is_cpu
+            and chosen("workers")
+            and not missing_for_workers(self.extract)
+        ):
             one, two = worker_options(1), worker_options(2)
             run = partial(self._command, n_clips=self.size.n_clips_of_workers)
             yield Measure(f"{case.name} 1 worker", partial(run, options=one))
@@ -149,6 +155,7 @@ def worker_options(n_workers: int) -> list[str]:
 
 
 def missing_for_workers(extract: Extract) -> list[str]:
+    """Options that one and two CPU workers need and this version lacks."""
     return [flag for flag in ("--workers", "--threads") if flag not in extract.flags]
 
 

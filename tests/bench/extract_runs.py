@@ -172,7 +172,9 @@ class Extract:
         command = ["taskset", "-c", str(core)] if core is not None else []
         command += [*self._program, "extract", str(table), "--encoder", encoder, "--dtype", dtype]
         command += ["--weights", str(weights)] if weights else []
-        command += ["--device", self.device, "--out", str(bank), "--json", *options]
+        # Workers that are counted are those of the CPU, and the command wants to hear it once.
+        command += [] if "--workers" in options else ["--device", self.device]
+        command += ["--out", str(bank), "--json", *options]
         if dry:
             return run_process([*command, "--dry-run"])
         command += ["--profile"] if "--profile" in self.flags else []
