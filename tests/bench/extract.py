@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -150,8 +151,10 @@ def prepare(case: Case, extract: Extract, figures: Figures, options: argparse.Na
 
 
 def run_rounds(measures: Sequence[Measure], n_rounds: int) -> list[str]:
-    """Runs everything once a round; what failed, by name."""
+    """Runs everything once a round; what failed, by name. Ctrl-C and SIGTERM end it early, and what
+    was measured until then is printed."""
     failed: list[str] = []
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     for number in range(n_rounds):
         for index in np.random.default_rng([number, 5]).permutation(len(measures)):
             measure = measures[index]
@@ -160,6 +163,8 @@ def run_rounds(measures: Sequence[Measure], n_rounds: int) -> list[str]:
             say(f"round {number + 1}/{n_rounds}  {measure.name}")
             try:
                 measure.run(measure.name, number)
+            except KeyboardInterrupt:
+                return [*failed, f"ended early, in round {number + 1}: {measure.name}"]
             except RunFailed as error:
                 failed.append(f"failed in round {number + 1}: {measure.name}: {error}")
                 say(failed[-1])

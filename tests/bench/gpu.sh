@@ -18,8 +18,11 @@
 #       sortedcontainers soundfile tblib timm toolz tornado tqdm truststore typing-extensions \
 #       wadler-lindig zarr zict zipp
 #
+# These are about 100 MB, half of them pyarrow.
+#
 # SECONDS_EACH and ROUNDS fit the benchmark into the time there is: 20 and 3 take about ten minutes.
-# Banks are written below TMPDIR, 768 KiB a clip. Leaves 1 where anything failed, after all of it.
+# Banks are written below TMPDIR, 768 KiB a clip. After MOST_S the
+# benchmark prints what it has measured. Leaves 1 where anything failed, after all of it.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=${OUT:-out}
@@ -56,7 +59,7 @@ if is_asked tests; then
 fi
 
 if is_asked bench; then
-  "$python" tests/bench/extract.py --device cuda --rounds "${ROUNDS:-3}" \
+  timeout "${MOST_S:-840}" "$python" tests/bench/extract.py --device cuda --rounds "${ROUNDS:-3}" \
     --seconds "${SECONDS_EACH:-20}" --files 256 --json "$out/extract.json" \
     2> >(tee "$out/extract.log" >&2) | tee "$out/extract.md" || failed=1
 fi
