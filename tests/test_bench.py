@@ -1,4 +1,4 @@
-"""The benchmark of banks at work on a few small clips: it runs, checks, and cleans up."""
+"""The benchmarks of banks and of extraction at work on a few small clips: they run and clean up."""
 
 from __future__ import annotations
 
@@ -49,6 +49,76 @@ def test_the_bank_is_measured_against_limits_and_zarr(tmp_path: Path) -> None:
     assert found["machine"]["cores"] >= 1
     assert "ring_bytes" in table
     assert max(map(len, table.splitlines())) <= 100
+
+
+@pytest.mark.slow
+def test_extraction_is_measured_against_its_bare_encoder(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = [sys.executable, BENCH / "extract.py", "--quick", "--keep", tmp_path / "work"]
+    done = subprocess.run(
+        [*map(str, command), "--json", str(out)], capture_output=True, text=True, timeout=1_200
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    found = json.loads(out.read_text())
+    rows = {row["name"]: row for row in found["table"]}
+    assert rows["mn04 command float16, whole"]["ratios"]["bare encode"]["median"] > 0
+    assert rows["ceiling command float16, whole"]["clips_per_s"] > 0
+    assert found["figures"]["memory"]["mn04 command float16"] > 2**20
+    if not any("h5py" in note for note in found["notes"]):
+        assert rows["mn04 usual loop, without start-up"]["clips_per_s"] > 0
+    assert not list((tmp_path / "work").glob("*.bank"))
+    assert "--quick leaves out vit-s" in done.stdout
+
+
+def test_ratios_of_extraction_are_paired_and_nothing_is_made_up(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    from extract_audio import AudioPool
+    from extract_cases import Case
+    from extract_report import Figures, lines_of, print_lines, profile_table
+    from extract_runs import without_start_up
+
+    figures = Figures()
+    for number, (bare, whole) in enumerate([(10.0, 9.0), (100.0, 50.0), (20.0, 14.0)]):
+        figures.add("x bare encode: a", number, bare)
+        figures.add("x bare encode: b", number, bare / 2)
+        figures.add("x command float16, whole", number, whole)
+        figures.add("x command float16, without start-up", number, without_start_up({"clips": 3}))
+    figures.add("x usual loop, whole", 1, 10.0)
+    case = Case("x", "x", AudioPool(Path(), 16_000, "wav", 1))
+    lines = {line.name: line for line in lines_of(figures, case)}
+    assert "x command float16, without start-up" not in lines
+    ratios = lines["x command float16, whole"].ratios
+    assert set(ratios) == {"bare encode", "the usual loop"}
+    assert (ratios["bare encode"].median, ratios["bare encode"].lowest) == (0.7, 0.5)
+    assert (ratios["the usual loop"].median, ratios["the usual loop"].n_rounds) == (5.0, 1)
+    print_lines(list(lines.values()))
+    assert "| 0.70 (0.50-0.90) of bare encode; 5.00 (one round) of" in capsys.readouterr().out
+    assert without_start_up({"profile": {"n_clips": 6, "elapsed_s": 3.0}}) == 2.0
+    for stages in ({"decode": {"busy_s": 1.5}}, [{"stage": "decode", "busy_s": 1.5}]):
+        table = list(profile_table("x", {"stages": stages, "fix_next": "decode"}))
+        assert '"fix_next": "decode"' in table[0]
+        assert "| decode | 1.5 |" in table
+
+
+def test_a_stream_that_fails_ends_the_bare_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    from extract_bare import BareJob, measure
+
+    job = BareJob("x", None, "cpu", batch_size=4, seconds=0.0, n_streams=2)
+    steps: list[int] = []
+
+    def step(stream: int, index: int) -> int:
+        steps.append(stream)
+        if stream == 1 and index == 2:
+            raise ValueError("no tokens")
+        return 4
+
+    with pytest.raises(ValueError, match="no tokens"):
+        measure(step, job)
+    assert set(steps) == {0, 1}
+    assert measure(lambda stream, index: 4, job) > 0
 
 
 @pytest.mark.slow
