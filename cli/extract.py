@@ -99,6 +99,7 @@ def extract(
     The same line again finishes what an earlier one began.
     """
     from patchbank.cli.augment import parse_augment
+    from patchbank.pipeline.environment import keep_freed_memory
     from patchbank.pipeline.extraction import ExtractionSettings, prepare
     from patchbank.pipeline.extraction import run as run_extraction
     from patchbank.pipeline.specs import WindowSpec
@@ -124,6 +125,7 @@ def extract(
         preset=preset,
         frontend=parse_constants(frontend),
     )
+    keep_freed_memory()
     extraction = prepare(
         clips, encoder=encoder, out=out, weights=weights, audio_root=audio_root, settings=settings
     )

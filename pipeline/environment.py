@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
+from contextlib import suppress
 from importlib.metadata import version
 
 import torch
@@ -12,6 +14,9 @@ from patchbank.pipeline.specs import ComputeDType, Json
 
 BFLOAT16_CAPABILITY = (8, 0)
 """NVIDIA's compute capability from which on bfloat16 is no emulation."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's malloc.h."""
+KEPT_BYTES = 2**30
 PACKAGES = ("patchbank", "torch", "torchaudio", "zarr", "numpy")
 
 
@@ -46,6 +51,18 @@ def compute_alone() -> None:
     product wait at each for the slower one, which on busy cores takes ten times as long.
     """
     torch.set_num_threads(1)
+
+
+def keep_freed_memory() -> None:
+    """Has malloc keep what tensors gave back, for the next ones: for processes of our own.
+
+    It would return large tensors to the system, which hands out every page anew: up to a tenth of
+    an encoder's time on a CPU. Only glibc can be told.
+    """
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
 
 
 def environment(device: str) -> Json:

@@ -16,6 +16,7 @@ from distributed import Client, Future, WorkerPlugin, get_worker
 from patchbank.pipeline.bank.quantised import ChannelConstants
 from patchbank.pipeline.cluster import open_client
 from patchbank.pipeline.decoding import ShardClips
+from patchbank.pipeline.environment import keep_freed_memory
 from patchbank.pipeline.job import ExtractionJob, ShardReport
 from patchbank.pipeline.progress import OpenShards, Progress
 from patchbank.pipeline.shard import ShardExtractor
@@ -138,6 +139,8 @@ class _ExtractionPlugin(WorkerPlugin):
 
     def setup(self, worker: Any) -> None:
         inside = worker.address.startswith("inproc:")
+        if not inside:
+            keep_freed_memory()
         # A worker that raises here would be shut down; other people's tasks may run on it.
         try:
             self.extractor = ShardExtractor(self._job if inside else job_here(self._job))
