@@ -29,6 +29,8 @@ T = TypeVar("T")
 UNSEEN = {"dashboard_address": f"{LOOPBACK}:0"}
 """Dask's default would listen on every interface of the machine."""
 PROCESSES = {
+    # Daemons could not have processes that decode.
+    "distributed.worker.daemon": False,
     # Dask would set OMP_NUM_THREADS=1 in this process for its children, and an option of malloc
     # that gives every freed tensor back to the system.
     "distributed.nanny.pre-spawn-environ": {},

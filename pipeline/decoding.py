@@ -6,14 +6,16 @@ may be that of several.
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -177,11 +179,17 @@ class Decoders:
                 initargs=(decoder, ring.path, ring.shape),
             )
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """Ends all loops over batches; the ring's memory stays until `close`."""
+        self._ring.stop()
         self._pool.shutdown(cancel_futures=True)
+
+    def close(self) -> None:
+        """`stop`, and frees the memory, from which nobody may be copying."""
+        self.stop()
         self._ring.close()
 
-    def batches(self, clips: ShardClips) -> Iterator[DecodedBatch]:
+    def batches(self, clips: ShardClips) -> Generator[DecodedBatch]:
         """The rows in order, in batches of the ring's size, with some under way.
 
         Memory is the ring; where there are views, `SHARED_BATCHES` batches of clips beside it.
@@ -213,50 +221,58 @@ class Decoders:
         slot = self._ring.take(waits=not waiting)
         if slot is None:
             return None
-        starts = range(0, len(rows), self._run_rows)
-        runs = [(start, rows[start : start + self._run_rows]) for start in starts]
-        if isinstance(self._pool, ProcessPoolExecutor):
-            there = [self._pool.submit(_decode_there, slot.index, *run) for run in runs]
-            return _Pending(slot, there, self._decoder.clock)
-        here = [
-            self._pool.submit(_decode_run, decode, slot.waveforms[start:], run)
-            for start, run in runs
-        ]
-        return _Pending(slot, here, None)
+        pending = _Pending(slot, self._decoder.clock)
+        try:
+            for start in range(0, len(rows), self._run_rows):
+                run = rows[start : start + self._run_rows]
+                pending.runs.append(self._submit(slot, start, run, decode))
+        except BaseException:
+            pending.abandon()
+            raise
+        return pending
+
+    def _submit(
+        self, slot: WaveformSlot, start: int, rows: Sequence[_Row], decode: Decode
+    ) -> Future[Any]:
+        if isinstance(self._pool, ThreadPoolExecutor):
+            return self._pool.submit(_decode_run, decode, slot.waveforms[start:], rows)
+        try:
+            return self._pool.submit(_decode_there, slot.index, start, rows)
+        except BrokenProcessPool as error:
+            raise _process_died() from error
 
 
 class _Pending:
     """A batch that is being decoded into its slot, in runs of rows."""
 
-    def __init__(
-        self, slot: WaveformSlot, runs: Sequence[Future[Any]], clock: StageClock | None
-    ) -> None:
-        self._slot, self._runs, self._clock = slot, runs, clock
+    def __init__(self, slot: WaveformSlot, clock: StageClock) -> None:
+        self._slot, self._clock = slot, clock
+        self.runs: list[Future[tuple[list[Decoded], dict[str, float]]]] = []
 
     def result(self) -> DecodedBatch:
         try:
-            results = [run.result() for run in self._runs]
+            results = [run.result() for run in self.runs]
         except BrokenProcessPool as error:
-            raise PatchbankError(
-                "a process that decodes died (out of memory, or a codec that crashes on a file); "
-                "run the same command again with --decode-in threads"
-            ) from error
-        clips: list[Decoded] = []
-        for result in results:
-            if self._clock is not None:
-                result, busy_s = result
-                for stage, seconds in busy_s.items():
-                    self._clock.add(stage, seconds)
-            clips.extend(result)
-        return DecodedBatch(self._slot, clips)
+            raise _process_died() from error
+        for _, busy_s in results:
+            for stage, seconds in busy_s.items():
+                self._clock.add(stage, seconds)
+        return DecodedBatch(self._slot, [clip for clips, _ in results for clip in clips])
 
     def abandon(self) -> None:
         """Gives the slot back when nobody writes into it."""
-        for run in self._runs:
+        for run in self.runs:
             if not run.cancel():
                 with suppress(Exception):
                     run.result()
         self._slot.release()
+
+
+def _process_died() -> PatchbankError:
+    return PatchbankError(
+        "a process that decodes died (out of memory, or a codec that crashes on a file); run the "
+        "same command again with --decode-in threads"
+    )
 
 
 def _rows(clips: ShardClips, recipe: Recipe) -> list[_Row]:
@@ -276,7 +292,8 @@ def _rows(clips: ShardClips, recipe: Recipe) -> list[_Row]:
 
 def _decode_run(
     decode: Decode, out: Float32[np.ndarray, "row sample"], rows: Sequence[_Row]
-) -> list[Decoded]:
+) -> tuple[list[Decoded], dict[str, float]]:
+    """What is known of the rows, and the seconds that the caller's clock has not counted yet."""
     found: list[Decoded] = []
     for waveform, row in zip(out, rows, strict=False):
         clip = _made(decode, row)
@@ -286,7 +303,7 @@ def _decode_run(
         else:
             waveform[...] = clip.waveform
             found.append(ClipFacts(clip.audio_sha256, clip.n_audio_samples, clip.mix_gains))
-    return found
+    return found, {}
 
 
 def _made(decode: Decode, row: _Row) -> DecodedClip | AudioError:
@@ -314,13 +331,23 @@ class _Process:
 
 
 def _begin_process(decoder: ClipDecoder, path: str, shape: tuple[int, int, int]) -> None:
+    # The parent is who ends it: Ctrl-C in a terminal reaches all, and kill -9 only the parent.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     compute_alone()
     _Process.decoder, _Process.waveforms = decoder, map_slots(path, shape)
     _Process.decode = decoder.sharing(SHARED_BATCHES * shape[1])
 
 
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
 def _decode_there(
     slot: int, start: int, rows: Sequence[_Row]
 ) -> tuple[list[Decoded], dict[str, float]]:
-    found = _decode_run(_Process.decode, _Process.waveforms[slot, start:], rows)
+    found, _ = _decode_run(_Process.decode, _Process.waveforms[slot, start:], rows)
     return found, _Process.decoder.clock.taken()

@@ -14,6 +14,7 @@ from torch import Tensor
 from patchbank.pipeline.bank.quantised import ChannelConstants
 from patchbank.pipeline.bank.schema import BankSchema, TokenArray
 from patchbank.pipeline.encoders.base import Encoder, TokenMap, features_of
+from patchbank.pipeline.encoders.frontend import full_precision
 from patchbank.pipeline.errors import EncoderError
 from patchbank.pipeline.specs import Recipe
 from patchbank.pipeline.stages import ENCODER, FRONT_END, QUANTISE, StageClock
@@ -66,7 +67,24 @@ class Encoding:
         self._ask_constants = constants
         self._constants: dict[int, DeviceConstants] | None = None
         # Shorter batches, the last ones of shards, would be compiled once more for each length.
-        self._compiled = torch.compile(encoder.encode, dynamic=False) if compiles else None
+        # By default a GPU's kernels are chosen by timing, and last bits differ between runs.
+        self._compiled = (
+            torch.compile(encoder.encode, dynamic=False, options={"deterministic": True})
+            if compiles
+            else None
+        )
+
+    def full_batch(self, batch_size: int) -> int:
+        """Clips of all batches of a shard but its last: a small bank has shards below a batch."""
+        return min(batch_size, self.schema.rows_per_shard)
+
+    def try_batch(self, size: int, marks: Marks) -> None:
+        """Takes the memory that a batch takes, but for codes, whose constants are not known yet."""
+        waveforms = torch.zeros(size, self.n_samples, device=self.device)
+        n_audio: list[int | None] = [None] * size
+        maps = self.maps(waveforms, n_audio, marks)
+        if not self.schema.stored.is_quantised:
+            self.pack(maps, n_audio, marks)
 
     @torch.no_grad()
     def maps(
@@ -125,10 +143,11 @@ class Encoding:
         )
 
     def _autocast(self) -> AbstractContextManager[object]:
+        kind = torch.device(self.device).type
         dtype = COMPUTE_DTYPES.get(self.recipe.compute_dtype)
-        if dtype is None:
-            return nullcontext()
-        return torch.autocast(torch.device(self.device).type, dtype=dtype)
+        if dtype is not None:
+            return torch.autocast(kind, dtype=dtype)
+        return full_precision(torch.device(self.device)) if kind == "cuda" else nullcontext()
 
     def _on_device(self) -> dict[int, DeviceConstants]:
         # Two threads may both come first; they make the same.

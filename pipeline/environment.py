@@ -38,7 +38,8 @@ def is_cpu(device: str) -> bool:
 
 def default_compute_dtype(device: str) -> ComputeDType:
     """What an encoder computes in where nobody says: bfloat16 on a GPU that has it."""
-    kind = torch.device(choose_device(device))
+    # A GPU that is named has been looked for, and is not touched before its worker does.
+    kind = torch.device(choose_device(device) if device == "auto" else device)
     if kind.type == "cuda" and torch.cuda.get_device_capability(kind) >= BFLOAT16_CAPABILITY:
         return "bfloat16"
     return "float32"
@@ -66,12 +67,14 @@ def keep_freed_memory() -> None:
 
 
 def environment(device: str) -> Json:
-    """Device without index, versions, and on a CPU the threads that share a sum: one."""
+    """Device without index, its name, versions, and on a CPU the threads that share a sum: one."""
     kind = device.split(":")[0]
-    threads = {"threads": 1} if kind == "cpu" else {}
+    more: Json = {"threads": 1} if kind == "cpu" else {}
+    if kind == "cuda":
+        more = {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
     return {
         "device": kind,
         "python": platform.python_version(),
         "versions": {name: version(name) for name in PACKAGES},
-        **threads,
+        **more,
     }

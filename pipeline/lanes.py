@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from patchbank.pipeline.decoding import DecodedBatch
 from patchbank.pipeline.encoding import ClockMarks, Encoding
 from patchbank.pipeline.environment import compute_alone, is_cpu
-from patchbank.pipeline.errors import AudioError
+from patchbank.pipeline.errors import AudioError, EncoderError
 from patchbank.pipeline.slots import WaveformSlot
 from patchbank.pipeline.stages import COPY, StageClock
 from patchbank.pipeline.tokens import PackedTokens, StoredTokens
@@ -28,6 +29,8 @@ GPU_DEPTH = 3
 """Batches of a shard that are on a GPU or on their way from it: while one is copied back, one is
 encoded and one waits."""
 GPU_SLOTS = 8
+COPY_ENGINES = 2
+"""Of a GPU: one each way."""
 CPU_BATCH = 4
 """What a core computes on its own stays in its caches."""
 GPU_BATCH = 64
@@ -75,12 +78,18 @@ class Lanes:
         self.encoding = encoding
         kind = torch.device(encoding.device).type
         self.n_lanes = n_threads if is_cpu(encoding.device) else 1
+        self.n_copies = self.n_lanes if is_cpu(encoding.device) else COPY_ENGINES
         self.depth = batches_ahead(encoding.device, n_threads)
         self.n_slots = n_slots(encoding.device, n_threads)
         self._device: Device = (CudaDevice if kind == "cuda" else PlainDevice)(encoding, clock)
         self._threads = ThreadPoolExecutor(
-            self.n_lanes, thread_name_prefix="encode", initializer=compute_alone
+            self.n_lanes, thread_name_prefix="encode", initializer=self._begin
         )
+
+    def _begin(self) -> None:
+        compute_alone()
+        if torch.device(self.encoding.device).type == "cuda":
+            torch.cuda.set_device(self.encoding.device)
 
     def batch_size(self) -> int:
         """Clips that are encoded together where nobody says how many.
@@ -96,27 +105,46 @@ class Lanes:
 
     def _fits(self, size: int) -> bool:
         device = torch.device(self.encoding.device)
-        waveforms = torch.zeros(size, self.encoding.n_samples, device=device)
         if device.type != "cuda":
             return True
-        try:
-            torch.cuda.reset_peak_memory_stats(device)
-            self.encoding.maps(waveforms, [None] * size, CudaMarks(StageClock()))
-            peak_bytes = torch.cuda.max_memory_reserved(device)
-        except torch.cuda.OutOfMemoryError:
+        with torch.cuda.device(device):
             torch.cuda.empty_cache()
-            return False
-        return peak_bytes < GPU_SHARE * torch.cuda.get_device_properties(device).total_memory
+            torch.cuda.reset_peak_memory_stats()
+            try:
+                self.encoding.try_batch(size, CudaMarks(StageClock()))
+            except torch.cuda.OutOfMemoryError:
+                fits = False
+            else:
+                total = torch.cuda.get_device_properties(device).total_memory
+                fits = torch.cuda.max_memory_reserved() < GPU_SHARE * total
+            # Not within `except`, whose traceback holds the tensors. The stream that will compute
+            # could not use what this one keeps.
+            torch.cuda.empty_cache()
+        return fits
 
     def submit(self, batch: DecodedBatch) -> Future[EncodedBatch]:
         """Encodes a batch and gives its slot back; batches go in the order of the calls."""
+        return self.run_batch(self._encode, batch)
+
+    def _encode(self, batch: DecodedBatch) -> EncodedBatch:
         n_audio = [
             None if isinstance(clip, AudioError) else clip.n_audio_samples for clip in batch.clips
         ]
-        return self._threads.submit(self._encode, batch.slot, n_audio)
+        try:
+            return self._device.encode(batch.slot, n_audio)
+        except torch.cuda.OutOfMemoryError as error:
+            raise EncoderError(
+                f"no memory left on {self.encoding.device} for a batch of {len(n_audio)} clips "
+                f"({str(error).splitlines()[0]}); choose a smaller --batch-size and another --out"
+            ) from error
 
-    def _encode(self, slot: WaveformSlot, n_audio: Sequence[int | None]) -> EncodedBatch:
-        return self._device.encode(slot, n_audio)
+    def run_batch(self, function: Callable[[DecodedBatch], T], batch: DecodedBatch) -> Future[T]:
+        """Has a lane call `function`, which gives the batch's slot back."""
+        try:
+            return self._threads.submit(function, batch)
+        except RuntimeError:  # the lanes are closed
+            batch.slot.release()
+            raise
 
     def run(self, function: Callable[..., T], *arguments: object) -> Future[T]:
         """Has a lane call `function`."""
@@ -136,11 +164,12 @@ class PlainDevice:
         marks = ClockMarks(self._clock)
         try:
             waveforms = slot.tensor(len(n_audio)).to(self._encoding.device)
-            is_full = len(n_audio) == len(slot.waveforms)
+            is_full = len(n_audio) == self._encoding.full_batch(len(slot.waveforms))
             maps = self._encoding.maps(waveforms, n_audio, marks, is_full=is_full)
+            # Tokens may be views of the waveforms.
+            packed = self._encoding.pack(maps, n_audio, marks)
         finally:
             slot.release()
-        packed = self._encoding.pack(maps, n_audio, marks)
         stored = {suffix: tokens.on_cpu() for suffix, tokens in packed.items()}
         marks.after(COPY)
         return _Arrived(stored)
@@ -196,7 +225,9 @@ class CudaDevice:
         try:
             return self._encode(slot, n_audio)
         except BaseException:
-            torch.cuda.synchronize(self._encoding.device)
+            # A copy may be reading the slot. After some errors a GPU says nothing but that error.
+            with suppress(RuntimeError):
+                torch.cuda.synchronize(self._encoding.device)
             slot.release()
             raise
 
@@ -226,7 +257,7 @@ class CudaDevice:
             # Memory of one stream that another uses may not be given away too early.
             waveforms.record_stream(self._computing)
             work = CudaMarks(self._clock)
-            is_full = len(n_audio) == n_full
+            is_full = len(n_audio) == self._encoding.full_batch(n_full)
             maps = self._encoding.maps(waveforms, n_audio, work, is_full=is_full)
             return self._encoding.pack(maps, n_audio, work), work
 

@@ -78,7 +78,7 @@ def measure(
             if marks[-1][0] - marks[1][0] > for_s:
                 break
     (first_s, n_first), (last_s, n_last) = marks[1], marks[-1]
-    if last_s == first_s:
+    if last_s == first_s or n_last <= n_first:
         raise PatchbankError(
             f"{len(left)} clips are too few to measure with; run the command without --measure"
         )
@@ -134,8 +134,7 @@ def _trial(extraction: Extraction, clips: pa.Table) -> Iterator[Extraction]:
 
 def _schema(extraction: Extraction, n_clips: int) -> BankSchema:
     schema = extraction.plan.schema
-    is_gpu = extraction.job.device.startswith("cuda")
-    most = ROWS_PER_SHARD_OF_A_GPU if is_gpu else ROWS_PER_SHARD
+    most = ROWS_PER_SHARD if extraction.job.device == "cpu" else ROWS_PER_SHARD_OF_A_GPU
     rows = min(schema.rows_per_shard, most)
     return replace(schema, generations=(n_clips,), rows_per_shard=rows)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from patchbank.pipeline.bank.schema import BankSchema
 from patchbank.pipeline.bank.writer import ring_bytes
 from patchbank.pipeline.decoding import SHARED_BATCHES
+from patchbank.pipeline.environment import is_cpu
 from patchbank.pipeline.lanes import batches_ahead, n_slots
 from patchbank.pipeline.specs import Recipe
 
@@ -45,7 +46,9 @@ def pipeline_memory(
     """
     waveform_bytes = 4 * batch_size * recipe.window.n_samples(recipe.encoder.sample_rate_hz)
     arrays = schema.arrays()
-    token_bytes = batch_size * sum(array.row_bytes for array in arrays)
+    batches = [batch_size * array.row_bytes for array in arrays]
+    # PyTorch hands out pinned memory in powers of two.
+    token_bytes = sum(batches if is_cpu(device) else (1 << (n - 1).bit_length() for n in batches))
     rows = sum(ring_bytes(array.layout(schema.rows_per_shard)) for array in arrays)
     shared = 0 if recipe.augment is None else SHARED_BATCHES * n_shards
     return PipelineMemory(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import CancelledError, Future
+from contextlib import closing
 from pathlib import Path
 from resource import RUSAGE_SELF, getrusage
 from typing import TypeVar
@@ -44,7 +45,7 @@ from patchbank.pipeline.shard_rows import ShardRows
 from patchbank.pipeline.slots import SlotRing
 from patchbank.pipeline.sound_file import FILE_IS_GONE
 from patchbank.pipeline.specs import Json
-from patchbank.pipeline.stages import DECODERS, LANES, WRITERS, StageClock, StageTimes
+from patchbank.pipeline.stages import COPIES, DECODERS, LANES, WRITERS, StageClock, StageTimes
 from patchbank.pipeline.workplace import Machine, decode_threads
 
 T = TypeVar("T")
@@ -79,6 +80,7 @@ class ShardExtractor:
         self._writers = writer_threads()
         self._decoders: Decoders | None = None
         self._lock = threading.Lock()
+        self._is_closed = False
 
     @property
     def _encoding(self) -> Encoding:
@@ -93,10 +95,15 @@ class ShardExtractor:
         return {layer: load_constants(self._job.bank, card, layer) for layer in layers}
 
     def close(self) -> None:
-        if self._decoders is not None:
-            self._decoders.close()
+        """Ends everything, also what still runs."""
+        with self._lock:
+            self._is_closed = True
+            if self._decoders is not None:
+                self._decoders.stop()
         self._lanes.close()
         self._writers.shutdown(cancel_futures=True)
+        if self._decoders is not None:
+            self._decoders.close()
         # Threads that are begun after this one's take the number that was set last.
         torch.set_num_threads(self._threads_before)
 
@@ -109,11 +116,17 @@ class ShardExtractor:
         """Clips encoded together where nobody says how many."""
         return self._lanes.batch_size()
 
-    def _batches(self, clips: ShardClips, batch_size: int) -> Iterator[DecodedBatch]:
+    def _batches(self, clips: ShardClips, batch_size: int) -> Generator[DecodedBatch]:
         with self._lock:
-            if self._decoders is None or self._decoders.batch_size != batch_size:
+            if self._is_closed:
+                raise CancelledError
+            if self._decoders is not None and self._decoders.batch_size != batch_size:
+                # Another process began the bank since this one calibrated: nothing runs here.
+                self._decoders.close()
+                self._decoders = None
+            if self._decoders is None:
                 self._decoders = self._new_decoders(batch_size)
-        return self._decoders.batches(clips)
+            return self._decoders.batches(clips)
 
     def _new_decoders(self, batch_size: int) -> Decoders:
         in_processes = self._job.decode_in == "processes"
@@ -121,7 +134,7 @@ class ShardExtractor:
             self._lanes.n_slots,
             batch_size=batch_size,
             n_samples=self._encoding.n_samples,
-            pins=torch.device(self._device).type == "cuda",
+            device=self._device,
             shares=in_processes,
         )
         decoder = ClipDecoder(self._job.audio_root, self._job.recipe, self._clock)
@@ -137,13 +150,12 @@ class ShardExtractor:
             layer: ChannelStatistics(self._encoding.encoder.spec.layer(layer).dim)
             for layer in layers
         }
-        batches = (
-            self._lanes.run(self._finite_patches, batch)
-            for batch in self._batches(clips, batch_size)
-        )
-        for patches in _ahead(batches, self._lanes.depth):
-            for layer, values in patches.items():
-                statistics[layer].add(values)
+        lanes = self._lanes
+        with closing(self._batches(clips, batch_size)) as batches:
+            asked = (lanes.run_batch(self._finite_patches, batch) for batch in batches)
+            for patches in _ahead(asked, lanes.depth):
+                for layer, values in patches.items():
+                    statistics[layer].add(values)
         try:
             stored = self._job.schema.stored
             return {
@@ -264,13 +276,15 @@ class ShardExtractor:
         extraction: Json,
         on_progress: Callable[[int], None] | None,
     ) -> ShardReport:
-        with ShardRows(
-            attempt, shard, self._encoding, threads=self._writers, clock=self._clock
-        ) as rows:
-            decoded: deque[list[Decoded]] = deque()
-            for encoded in _ahead(
-                self._submitted(clips, int(extraction["batch_size"]), decoded), self._lanes.depth
-            ):
+        with (
+            ShardRows(
+                attempt, shard, self._encoding, threads=self._writers, clock=self._clock
+            ) as rows,
+            # An error's traceback would keep the loop, and the memory of its batches.
+            closing(self._batches(clips, int(extraction["batch_size"]))) as batches,
+        ):
+            decoded: deque[Sequence[Decoded]] = deque()
+            for encoded in _ahead(self._submitted(batches, decoded), self._lanes.depth):
                 rows.write(decoded.popleft(), encoded.wait())
                 encoded.release()
                 if on_progress is not None:
@@ -288,11 +302,11 @@ class ShardExtractor:
         return ShardReport(shard, n_done, n_failed, times=self._times())
 
     def _submitted(
-        self, clips: ShardClips, batch_size: int, decoded: deque[list[Decoded]]
+        self, batches: Iterator[DecodedBatch], decoded: deque[Sequence[Decoded]]
     ) -> Iterator[Future[EncodedBatch]]:
         """Batches in the lanes; what was decoded goes to `decoded`."""
-        for batch in self._batches(clips, batch_size):
-            decoded.append(list(batch.clips))
+        for batch in batches:
+            decoded.append(batch.clips)
             yield self._lanes.submit(batch)
 
     def _times(self) -> StageTimes:
@@ -300,6 +314,7 @@ class ShardExtractor:
         threads = {
             DECODERS: self._n_decode_threads,
             LANES: self._lanes.n_lanes,
+            COPIES: self._lanes.n_copies,
             WRITERS: n_writer_threads(),
         }
         with self._lock:

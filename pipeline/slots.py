@@ -8,6 +8,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 
 from patchbank.pipeline.bank.direct import aligned_memory
 from patchbank.pipeline.errors import PatchbankError
+
+HOST_REGISTER_PORTABLE = 1
+"""Of CUDA's driver_types.h: pinned for every context, not only for that of one GPU."""
 
 
 class WaveformSlot:
@@ -43,12 +47,12 @@ class WaveformSlot:
 class SlotRing:
     """As many slots as there are: whoever decodes waits until the encoder has let go of one.
 
-    `pins` locks the pages for the GPU's copy engine. `shares` makes them visible to other processes
-    of this user, by `path`.
+    Pages are locked for the copy engine of a `device` that has one. `shares` makes them visible to
+    other processes of this user, by `path`.
     """
 
     def __init__(
-        self, n_slots: int, *, batch_size: int, n_samples: int, pins: bool, shares: bool
+        self, n_slots: int, *, batch_size: int, n_samples: int, device: str, shares: bool
     ) -> None:
         self.shape = (n_slots, batch_size, n_samples)
         self.n_bytes = 4 * n_slots * batch_size * n_samples
@@ -57,9 +61,9 @@ class SlotRing:
             waveforms = aligned_memory(self.n_bytes).view(np.float32).reshape(self.shape)
         else:
             waveforms = _mapped(self._descriptor, self.shape)
-        self._is_pinned = pins and _pin(waveforms)
-        self._slots = [WaveformSlot(i, waveforms[i], self._put) for i in range(n_slots)]
-        self._free = deque(self._slots)
+        self._unpin = _pinned(waveforms, device) if device.startswith("cuda") else None
+        self._free = deque(WaveformSlot(i, waveforms[i], self._put) for i in range(n_slots))
+        self._is_closed = False
         self._changed = threading.Condition()
 
     @property
@@ -72,10 +76,13 @@ class SlotRing:
         return len(self._free)
 
     def take(self, *, waits: bool) -> WaveformSlot | None:
-        """A free slot; None where there is none and nobody `waits`."""
+        """A free slot; None where there is none and nobody `waits`. `CancelledError` once the ring
+        has been stopped."""
         with self._changed:
             if waits:
-                self._changed.wait_for(lambda: self._free)
+                self._changed.wait_for(lambda: self._free or self._is_closed)
+            if self._is_closed:
+                raise CancelledError
             return self._free.popleft() if self._free else None
 
     def _put(self, slot: WaveformSlot) -> None:
@@ -83,14 +90,21 @@ class SlotRing:
             self._free.append(slot)
             self._changed.notify()
 
+    def stop(self) -> None:
+        """Nobody gets a slot any more, and whoever waits for one learns it."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
     def close(self) -> None:
-        """Frees the memory with the last slot that is held."""
-        if self._is_pinned:
-            _unpin(self._slots[0].waveforms)
+        """Frees the memory with the last slot that is held; no copy from it may be under way."""
+        self.stop()
+        if self._unpin is not None:
+            self._unpin()
         if self._descriptor is not None:
             os.close(self._descriptor)
-            self._descriptor = None
-        self._slots, self._free = [], deque()
+        self._free.clear()
+        self._descriptor = self._unpin = None
 
 
 def map_slots(path: str, shape: tuple[int, int, int]) -> Float32[np.ndarray, "slot batch sample"]:
@@ -121,11 +135,16 @@ def _shared_memory(n_bytes: int) -> int:
     return descriptor
 
 
-def _pin(waveforms: Float32[np.ndarray, "slot batch sample"]) -> bool:
-    """Whether the pages could be locked; a copy from others is slower, and no less right."""
-    runtime = torch.cuda.cudart()
-    return int(runtime.cudaHostRegister(waveforms.ctypes.data, waveforms.nbytes, 0)) == 0
+def _pinned(
+    waveforms: Float32[np.ndarray, "slot batch sample"], device: str
+) -> Callable[[], None] | None:
+    """Locks the pages for all GPUs, and says how to let go of them; None where that failed.
 
-
-def _unpin(first: Float32[np.ndarray, "batch sample"]) -> None:
-    torch.cuda.cudart().cudaHostUnregister(first.ctypes.data)
+    A copy from other pages is slower, and no less right.
+    """
+    runtime, address = torch.cuda.cudart(), waveforms.ctypes.data
+    with torch.cuda.device(device):
+        failed = int(runtime.cudaHostRegister(address, waveforms.nbytes, HOST_REGISTER_PORTABLE))
+    if failed:
+        return None
+    return lambda: runtime.cudaHostUnregister(address)

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 DECODE, RESAMPLE = "decode", "resample"
 FRONT_END, ENCODER, QUANTISE, COPY = "front end", "encoder", "quantise", "copy"
 HASH, WRITE = "hash", "write"
-DECODERS, LANES, WRITERS = "decoders", "encoder lanes", "writers"
+DECODERS, LANES, COPIES, WRITERS = "decoders", "encoder lanes", "copies", "writers"
 STAGES: Mapping[str, str] = {
     DECODE: DECODERS,
     RESAMPLE: DECODERS,
     FRONT_END: LANES,
     ENCODER: LANES,
     QUANTISE: LANES,
-    COPY: LANES,
+    COPY: COPIES,
     HASH: WRITERS,
     WRITE: WRITERS,
 }
@@ -35,7 +35,7 @@ class StageTimes:
     ended_s: float = 0.0
     """Of `time.time()` there."""
     threads: Mapping[str, int] = field(default_factory=dict)
-    """How many `DECODERS`, `LANES` and `WRITERS` the worker has."""
+    """How many `DECODERS`, `LANES`, `COPIES` and `WRITERS` the worker has."""
     peak_bytes: int = 0
     """The most memory that the worker's process has held so far."""
 

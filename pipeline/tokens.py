@@ -101,7 +101,8 @@ def pack_tokens(
     if stored.is_quantised:
         assert constants is not None
         return _pack_codes(tokens.float(), stored, n_counted, constants)
-    cast = tokens.to(FLOAT_DTYPES[stored.name])
+    # How a sum is rounded depends on strides, which a mask would change.
+    cast = tokens.to(FLOAT_DTYPES[stored.name]).contiguous()
     values = cast.float()
     # A clip that vanishes in the stored type is as lost as one that was silent in the encoder.
     n_bad = _count_bad(tokens, values, values)
@@ -125,7 +126,7 @@ def _pack_codes(
     values = codes.float() * scale.float()[:, :, None]
     if constants.rotation is not None:
         values = rotate(values, constants.rotation)
-    values = values * constants.scale + constants.shift
+    values = (values * constants.scale + constants.shift).contiguous()
     pooled = _fill_bad(_pool(values, n_counted), n_bad, torch.nan)
     codes = _fill_bad(codes, n_bad, -stored.code_max - 1)
     scale = _fill_bad(scale, n_bad, torch.nan)
@@ -241,6 +242,8 @@ def _pool(
     if bool((n_counted >= tokens.shape[1]).all()):
         mean = tokens.sum(1) / tokens.shape[1]
         return torch.stack([mean, tokens.amax(1), tokens.amin(1)], 1)
+    if tokens.is_cuda:
+        n_counted = n_counted.pin_memory()
     n_counted = n_counted.to(tokens.device, non_blocking=True)
     beyond = torch.arange(tokens.shape[1], device=tokens.device) >= n_counted[:, None]
     beyond = beyond[:, :, None]

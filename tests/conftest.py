@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 SHARED = Path(os.environ.get("PATCHBANK_SHARED", Path(__file__).parents[2] / "shared"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Only tests that ask for a GPU see one: `pytest -m gpu`."""
+    if "gpu" not in config.getoption("markexpr").replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real audio, weights and goldens; tests that need it skip without it."""

@@ -96,10 +96,11 @@ def test_ratios_of_extraction_are_paired_and_nothing_is_made_up(
     print_lines(list(lines.values()))
     assert "| 0.70 (0.50-0.90) of bare encode; 5.00 (one round) of" in capsys.readouterr().out
     assert without_start_up({"profile": {"n_clips": 6, "elapsed_s": 3.0}}) == 2.0
-    for stages in ({"decode": {"busy_s": 1.5}}, [{"stage": "decode", "busy_s": 1.5}]):
-        table = list(profile_table("x", {"stages": stages, "fix_next": "decode"}))
-        assert '"fix_next": "decode"' in table[0]
-        assert "| decode | 1.5 |" in table
+    profile = {"n_clips": 6, "elapsed_s": 3.0, "advice": "decode: more cores"}
+    table = list(profile_table("x", profile | {"stages": {"decode": {"busy_s": 1.5}}}))
+    assert table[0] == "profile of x: 6 clips in 3.0 s"
+    assert "| decode | 1.5 |" in table
+    assert "fix next: decode: more cores" in table
 
 
 def test_a_stream_that_fails_ends_the_bare_encoder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,8 +70,10 @@ def test_full_batches_go_through_the_compiler_and_short_ones_do_not(
 ) -> None:
     sizes: list[int] = []
 
-    def compile_(function: Callable[..., Any], *, dynamic: bool) -> Callable[..., Any]:
-        assert dynamic is False
+    def compile_(
+        function: Callable[..., Any], *, dynamic: bool, options: dict[str, Any]
+    ) -> Callable[..., Any]:
+        assert (dynamic, options) == (False, {"deterministic": True})
 
         def compiled(features: torch.Tensor, layers: Any) -> Any:
             sizes.append(len(features))
@@ -86,6 +88,21 @@ def test_full_batches_go_through_the_compiler_and_short_ones_do_not(
     assert sizes == [7] * sum(n_rows // 7 for n_rows in rows)
     assert any(n_rows % 7 for n_rows in rows)
     assert bank.card["extraction"]["compiled"] is True
+
+
+def test_a_bank_of_shards_below_a_batch_is_compiled_too(
+    clip_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def compile_(function: Callable[..., Any], **more: Any) -> Callable[..., Any]:
+        return lambda features, layers: (sizes.append(len(features)), function(features, layers))[1]
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    settings = replace(SETTINGS, compiles=True, batch_size=64)
+    bank = extract(clip_table, encoder="fake", out=tmp_path / "x.bank", settings=settings)
+    assert sizes == [16, 16]
+    assert [len(bank.schema.rows_of(shard)) for shard in range(3)] == [16, 16, 8]
 
 
 @pytest.mark.slow

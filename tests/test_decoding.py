@@ -98,7 +98,7 @@ def decode_in(request: pytest.FixtureRequest) -> DecodeIn:
 @pytest.fixture(scope="module")
 def ring(decode_in: DecodeIn) -> SlotRing:
     is_shared = decode_in == "processes"
-    return SlotRing(N_SLOTS, batch_size=BATCH, n_samples=4_000, pins=False, shares=is_shared)
+    return SlotRing(N_SLOTS, batch_size=BATCH, n_samples=4_000, device="cpu", shares=is_shared)
 
 
 @pytest.fixture(scope="module")

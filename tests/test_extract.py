@@ -141,7 +141,7 @@ def test_a_disk_that_is_too_small_is_refused(
         pytest.param({"layers": (1,)}, r"layers: found \[1, 2\], expected \[1\]", id="layers"),
         pytest.param({"stored_dtype": "float32"}, "stored_dtype: found 'float16'", id="dtype"),
         pytest.param({"mask_padding": True}, "mask_padding: found False", id="mask"),
-        pytest.param({"batch_size": 3}, "extraction.batch_size: found 16", id="batch size"),
+        pytest.param({"batch_size": 3}, "extraction.batch_size: found 4", id="batch size"),
     ],
 )
 def test_another_recipe_does_not_go_on_with_a_bank(

@@ -12,7 +12,7 @@ import pytest
 from crash_banks import check_finished, committed_files, n_committed
 from fake_bank import SETTINGS
 
-from patchbank.pipeline import plan, shard
+from patchbank.pipeline import plan, shard, shard_rows
 from patchbank.pipeline.bank import Bank, commit, growth, open_bank, seal
 from patchbank.pipeline.bank.verify import verify_bank
 from patchbank.pipeline.errors import PatchbankError
@@ -115,7 +115,7 @@ def test_a_disk_that_grows_by_a_few_pages_at_a_time_ends_with_the_same_bank(
 @pytest.mark.parametrize(
     ("module", "function", "n_left"),
     [
-        pytest.param(shard, "part_table", 2, id="in the middle of a shard"),
+        pytest.param(shard_rows, "part_table", 2, id="in the middle of a shard"),
         pytest.param(shard, "commit", 2, id="at a commit record"),
         pytest.param(commit, "fsync_folder", 2, id="after a commit record"),
         pytest.param(seal, "assemble", 0, id="while the rows are gathered"),

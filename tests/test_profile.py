@@ -18,6 +18,7 @@ from patchbank.pipeline.extraction import Progress, extract
 from patchbank.pipeline.job import ShardReport
 from patchbank.pipeline.profile import profile_of
 from patchbank.pipeline.stages import (
+    COPIES,
     DECODE,
     DECODERS,
     ENCODER,
@@ -31,7 +32,7 @@ from patchbank.pipeline.stages import (
     StageTimes,
 )
 
-THREADS = {DECODERS: 2, LANES: 1, WRITERS: 4}
+THREADS = {DECODERS: 2, LANES: 1, COPIES: 2, WRITERS: 4}
 
 
 def report(busy_s: dict[str, float], *, began_s: float, ended_s: float) -> ShardReport:

@@ -111,6 +111,10 @@ class DecibelFrontEnd(FrontEnd):
         filters = _mel_bank(settings) if bank is None else bank
         self.register_buffer("bank", filters, persistent=False)
 
+    @property
+    def looks_at_lengths(self) -> bool:
+        return False
+
     def features(
         self, waveform: Float[Tensor, "batch sample"], n_audio_samples: int
     ) -> Float[Tensor, "batch time freq"]:

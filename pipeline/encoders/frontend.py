@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from itertools import groupby
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ BAT = "bat"
 """The conventions of the code beside BAT (houtan-ghaffari/BAT_ICML2026): normalise, then pad with
 zeros to whole patches; statistics of its own."""
 Settings = TypeVar("Settings")
+_CUDNN: Any = torch.backends.cudnn
 
 
 class FrontEnd(nn.Module):
@@ -26,6 +28,11 @@ class FrontEnd(nn.Module):
 
     settings: Any
     """A dataclass of every constant, with `encoder` and `sample_rate_hz`."""
+
+    @property
+    def looks_at_lengths(self) -> bool:
+        """Whether it makes a difference how much of a clip is audio."""
+        return True
 
     def n_frames(self, n_samples: int) -> int:
         """Frames that a waveform of `n_samples` gives; `EncoderError` where it is too short."""
@@ -44,6 +51,8 @@ class FrontEnd(nn.Module):
         n_samples = waveform.shape[1]
         self.n_frames(n_samples)
         n_audio = [n_samples] * len(waveform) if n_audio_samples is None else n_audio_samples
+        if not self.looks_at_lengths:
+            n_audio = [n_samples] * len(waveform)
         lengths = [min(n, n_samples) for n in n_audio]
         with torch.no_grad(), full_precision(waveform.device):
             if waveform.device.type != "cpu":
@@ -58,12 +67,17 @@ class FrontEnd(nn.Module):
         """`forward` with one call for each number of audio samples: few calls keep a GPU busy."""
         if len(set(lengths)) == 1:
             return self.features(waveform, lengths[0])
-        groups: dict[int, list[int]] = {}
-        for clip, length in enumerate(lengths):
-            groups.setdefault(length, []).append(clip)
-        order = [clip for group in groups.values() for clip in group]
-        features = [self.features(waveform[group], length) for length, group in groups.items()]
-        back = torch.argsort(torch.tensor(order)).to(waveform.device)
+        order = sorted(range(len(lengths)), key=lambda clip: lengths[clip])
+        sizes = [(length, len([*group])) for length, group in groupby(sorted(lengths))]
+        indices = torch.tensor([order, sorted(order, key=order.__getitem__)])
+        if waveform.device.type == "cuda":
+            # From other memory the copy would wait for all that the device was asked before.
+            indices = indices.pin_memory()
+        there, back = indices.to(waveform.device, non_blocking=True)
+        parts = waveform[there].split([size for _, size in sizes])
+        features = [
+            self.features(part, length) for part, (length, _) in zip(parts, sizes, strict=True)
+        ]
         return torch.cat(features)[back]
 
     def features(
@@ -80,13 +94,15 @@ def full_precision(device: torch.device) -> Iterator[None]:
         if device.type != "cuda":
             yield
             return
-        matmul = torch.backends.cuda.matmul
-        before = matmul.fp32_precision
-        matmul.fp32_precision = "ieee"
+        places: tuple[Any, ...] = (torch.backends.cuda.matmul, _CUDNN.conv)
+        before = [place.fp32_precision for place in places]
         try:
+            for place in places:
+                place.fp32_precision = "ieee"
             yield
         finally:
-            matmul.fp32_precision = before
+            for place, precision in zip(places, before, strict=True):
+                place.fp32_precision = precision
 
 
 def choose_settings(

@@ -150,6 +150,10 @@ class KaldiFrontEnd(FrontEnd):
         )
         self.register_buffer("bank", bank.T, persistent=False)
 
+    @property
+    def looks_at_lengths(self) -> bool:
+        return bool(self.settings.short_clips == FRAMES)
+
     def features(
         self, waveform: Float[Tensor, "batch sample"], n_audio_samples: int
     ) -> Float[Tensor, "batch time freq"]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 
@@ -108,7 +109,7 @@ class TinyModel(nn.Module):
     ) -> list[Float[Tensor, "batch token dim"]]:
         """Each block's output, CLS first, the last one after the final norm."""
         grid = self.grid(features.shape[1], features.shape[2])
-        positions = sine_positions(grid, self.config.dim).to(features.device)
+        positions = _positions_on(features.device, grid, self.config.dim)
         patches = self.embed(self.patchify(features)) + positions
         x = torch.cat([self.cls.expand(len(patches), 1, -1), patches], 1)
         outputs = []
@@ -117,6 +118,12 @@ class TinyModel(nn.Module):
             outputs.append(x)
         outputs[-1] = self.norm(x)
         return outputs
+
+
+@lru_cache(maxsize=8)
+def _positions_on(device: torch.device, grid: Grid, dim: int) -> Float[Tensor, "patch dim"]:
+    """`sine_positions`, copied once: a GPU would be waited for in every batch."""
+    return sine_positions(grid, dim).to(device)
 
 
 def empty_tiny(config: TinyConfig) -> TinyModel:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -155,24 +154,18 @@ def rate_notes(figures: Figures, case: Case, *, n_cores: int, is_gpu: bool) -> I
 
 
 def profile_table(name: str, profile: Mapping[str, Any]) -> Iterator[str]:
-    """What the command said of its stages, as lines of Markdown where it is a table."""
-    stages = profile.get("stages")
-    if isinstance(stages, Mapping) and all(isinstance(v, Mapping) for v in stages.values()):
-        stages = [{"stage": key, **value} for key, value in stages.items()]
-    elif isinstance(stages, Mapping):
-        stages = [{"stage": key, "value": value} for key, value in stages.items()]
-    others = {key: value for key, value in profile.items() if key != "stages"}
-    yield f"profile of {name}: {json.dumps(others)}"
-    if isinstance(stages, list) and stages and all(isinstance(row, Mapping) for row in stages):
-        columns = list(dict.fromkeys(key for row in stages for key in row))
-        yield ""
-        yield f"| {' | '.join(columns)} |"
-        yield "|" + "---|" * len(columns)
-        for row in stages:
-            yield f"| {' | '.join(_cell(row.get(column, '')) for column in columns)} |"
-        yield ""
-    elif stages is not None:
-        yield json.dumps(stages)
+    """What the command said of its stages, as Markdown."""
+    yield f"profile of {name}: {profile['n_clips']} clips in {profile['elapsed_s']:.1f} s"
+    stages = [{"stage": stage, **facts} for stage, facts in profile["stages"].items()]
+    columns = list(stages[0])
+    yield ""
+    yield f"| {' | '.join(columns)} |"
+    yield "|" + "---|" * len(columns)
+    for row in stages:
+        yield f"| {' | '.join(_cell(row[column]) for column in columns)} |"
+    yield ""
+    yield f"fix next: {profile['advice']}"
+    yield ""
 
 
 def _cell(value: object) -> str:

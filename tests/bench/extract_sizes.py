@@ -11,7 +11,8 @@ from pathlib import Path
 from extract_cases import Case
 from extract_runs import Extract, Ran, without_start_up
 
-from patchbank.pipeline.environment import default_batch_size
+from patchbank.pipeline.environment import is_cpu
+from patchbank.pipeline.lanes import CPU_BATCH, GPU_BATCH
 
 FIRST_CLIPS = {True: 256, False: 16}
 """Of the first try, where clips are fast (a GPU, or no encoder) and where they are not."""
@@ -36,12 +37,17 @@ class Size:
     notes: tuple[str, ...] = ()
 
 
+def usual_batch_size(device: str) -> int:
+    """What the command begins with; on a GPU it halves that where memory is short."""
+    return CPU_BATCH if is_cpu(device) else GPU_BATCH
+
+
 def size_of(
     case: Case, weights: Path | None, extract: Extract, options: argparse.Namespace
 ) -> Size:
     """From runs with few clips that come before the rounds and count for nothing."""
     if options.quick:
-        return Size(QUICK_CLIPS, QUICK_CLIPS, default_batch_size(options.device))
+        return Size(QUICK_CLIPS, QUICK_CLIPS, usual_batch_size(options.device))
     n_clips = FIRST_CLIPS[options.is_gpu or not case.is_encoder]
 
     def run(*, dry: bool = False) -> Ran:
@@ -65,7 +71,7 @@ def size_of(
     notes = (f"{case.name}: {chosen:,} clips a run",)
     if chosen < wanted:
         notes = (f"{notes[0]}, {DISK_SHARE:.0%} of the free disk, where {wanted:,} were wanted",)
-    batch_size = ran.facts.get("batch_size") or default_batch_size(options.device)
+    batch_size = ran.facts.get("batch_size") or usual_batch_size(options.device)
     return Size(chosen, whole_batches(chosen / 2), int(batch_size), notes)
 
 
