@@ -15,7 +15,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from multiprocessing import current_process, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,11 @@ class Decoders:
             )
         else:
             assert ring.path is not None
+            if current_process().daemon:
+                raise PatchbankError(
+                    "this worker process may have none of its own to decode in; start workers with "
+                    "`patchbank worker`, or use --decode-in threads"
+                )
             self._pool = ProcessPoolExecutor(
                 n_threads,
                 mp_context=get_context("spawn"),

@@ -88,8 +88,9 @@ class Lanes:
 
     def _begin(self) -> None:
         compute_alone()
-        if torch.device(self.encoding.device).type == "cuda":
-            torch.cuda.set_device(self.encoding.device)
+        device = torch.device(self.encoding.device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)
 
     def batch_size(self) -> int:
         """Clips that are encoded together where nobody says how many.
@@ -172,10 +173,12 @@ class PlainDevice:
             slot.release()
         stored = {suffix: tokens.on_cpu() for suffix, tokens in packed.items()}
         marks.after(COPY)
-        return _Arrived(stored)
+        return PlainBatch(stored)
 
 
-class _Arrived:
+class PlainBatch:
+    """Tokens that are there."""
+
     def __init__(self, stored: Mapping[str, StoredTokens]) -> None:
         self._stored = stored
 
@@ -247,7 +250,7 @@ class CudaDevice:
         # The waveforms are there long before their tokens: the decoders get the memory back now.
         arrival.wait()
         slot.release()
-        return _Leaving(self, host, buffer, (arrival, work, departure))
+        return CudaBatch(self, host, buffer, (arrival, work, departure))
 
     def _compute(
         self, waveforms: Float32[Tensor, "batch sample"], n_audio: Sequence[int | None], n_full: int
@@ -290,7 +293,9 @@ class CudaDevice:
             self._buffers.append(buffer)
 
 
-class _Leaving:
+class CudaBatch:
+    """Tokens in pinned memory, or on their way to it."""
+
     def __init__(
         self,
         device: CudaDevice,

@@ -23,6 +23,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Only tests that ask for a GPU see one: `pytest -m gpu`."""
     if "gpu" not in config.getoption("markexpr").replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Processes that share the cores do their sums alone, and so do those that they begin.
+        os.environ["OMP_NUM_THREADS"] = "1"
+        import torch
+
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

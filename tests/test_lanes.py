@@ -25,9 +25,10 @@ from patchbank.pipeline.encoders.fake import FakeEncoder
 from patchbank.pipeline.encoding import Encoding
 from patchbank.pipeline.errors import EncoderError
 from patchbank.pipeline.extraction import ExtractionSettings, extract, prepare
-from patchbank.pipeline.lanes import Lanes
+from patchbank.pipeline.lanes import Lanes, PlainBatch
 from patchbank.pipeline.manifest import read_manifest
 from patchbank.pipeline.memory import pipeline_memory
+from patchbank.pipeline.shard_rows import ShardRows
 from patchbank.pipeline.slots import SlotRing
 from patchbank.pipeline.stages import StageClock
 
@@ -161,23 +162,25 @@ from patchbank.pipeline.encoding import Encoding
 from patchbank.pipeline.extraction import ExtractionSettings, extract, prepare
 from patchbank.pipeline.specs import WindowSpec
 settings = ExtractionSettings(window=WindowSpec(5.0, 5.0), layers="all", n_threads=2, batch_size=8)
-table, encoder, out = sys.argv[1:]
-extract(table, encoder=encoder, out=out, settings=settings)
-print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+peaks = []
+for table in sys.argv[1:]:
+    extract(table, encoder="fake", out=f"{table}.bank", settings=settings)
+    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(json.dumps(peaks))
 """
 
 
 def test_memory_does_not_grow_with_the_number_of_clips(tmp_path: Path) -> None:
     write_clip_set(tmp_path / "set", n_clips=8, duration_s=5.0)
     names = [f"audio/{index:04d}.wav" for index in range(8)]
-    peaks = []
+    tables = []
     for n_clips in (64, 640):
-        table = tmp_path / f"set/{n_clips}.csv"
+        tables.append(tmp_path / f"set/{n_clips}.csv")
         rows = [f"c{i},{names[i % len(names)]},0,5" for i in range(n_clips)]
-        table.write_text("clip_id,path,start_s,duration_s\n" + "\n".join(rows) + "\n")
-        line = [sys.executable, "-c", PEAK, str(table), "fake", str(tmp_path / f"{n_clips}.bank")]
-        found = subprocess.run(line, check=True, capture_output=True, text=True)
-        peaks.append(json.loads(found.stdout))
+        tables[-1].write_text("clip_id,path,start_s,duration_s\n" + "\n".join(rows) + "\n")
+    line = [sys.executable, "-c", PEAK, *map(str, tables)]
+    found = subprocess.run(line, check=True, capture_output=True, text=True)
+    peaks = json.loads(found.stdout)
     # The waveforms alone of the clips that the second has more are 184 MB.
     assert peaks[1] - peaks[0] < 60e6, peaks
 
@@ -199,10 +202,45 @@ def test_memory_is_what_is_said(
     n_arrays = len(bank.schema.arrays())
     of_a_shard = sizes[BlockRing][:n_arrays]
     assert 0 < 2 * sum(of_a_shard) <= said.rows
-    row_bytes = sum(array.row_bytes for array in bank.schema.arrays())
-    assert said.tokens == 2 * (3 + 1 + 1) * 5 * row_bytes
     assert said.views == 0
     assert said.n_bytes == said.waveforms + said.tokens + said.rows
+
+
+def test_tokens_that_wait_for_the_writer_are_as_few_as_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, most, lock = [0], [0], threading.Lock()
+    begin, release, write = PlainBatch.__init__, PlainBatch.release, ShardRows.write
+
+    def begun(self: PlainBatch, *arguments: Any) -> None:
+        begin(self, *arguments)
+        with lock:
+            held[0] += 1
+            most[0] = max(most[0], held[0])
+
+    def released(self: PlainBatch) -> None:
+        release(self)
+        with lock:
+            held[0] -= 1
+
+    def slow(self: ShardRows, *arguments: Any) -> None:
+        time.sleep(0.03)
+        write(self, *arguments)
+
+    monkeypatch.setattr(PlainBatch, "__init__", begun)
+    monkeypatch.setattr(PlainBatch, "release", released)
+    monkeypatch.setattr(ShardRows, "write", slow)
+    table = write_clip_set(tmp_path / "set", n_clips=160)
+    settings = replace(SETTINGS, n_threads=2)
+    bank = extract(table, encoder="fake", out=tmp_path / "x.bank", settings=settings)
+    row_bytes = sum(array.row_bytes for array in bank.schema.arrays())
+    job = prepare(table, encoder="fake", out=bank.path, settings=settings).job
+    said = pipeline_memory(
+        job.recipe, job.schema, device="cpu", n_threads=2, batch_size=4, n_shards=2
+    )
+    assert held == [0]
+    # A slow writer: all places are taken, and no more.
+    assert 2 < most[0] <= said.tokens / (4 * row_bytes)
 
 
 def _noting_size(ring: Any, sizes: list[int]) -> Any:
