@@ -16,7 +16,7 @@ CPU, BOX = Machine(n_cores=8, n_gpus=0), Machine(n_cores=64, n_gpus=4)
 @pytest.mark.parametrize(
     ("machine", "asked", "workers"),
     [
-        pytest.param(CPU, {}, [("cpu-0", "cpu", None, 8)], id="one for the CPU has all cores"),
+        pytest.param(CPU, {}, [("cpu-0", "cpu", 8, 8)], id="one for the CPU has all cores"),
         pytest.param(CPU, {"devices": "cpu", "n_threads": 3}, [("cpu-0", "cpu", 3, 8)], id="cpu"),
         pytest.param(
             CPU,
@@ -49,13 +49,13 @@ CPU, BOX = Machine(n_cores=8, n_gpus=0), Machine(n_cores=64, n_gpus=4)
             id="some GPUs",
         ),
         pytest.param(
-            Machine(256, 1), {"devices": "all"}, [("cuda:0", "cuda:0", None, 16)], id="one GPU"
+            Machine(256, 1), {"devices": "all"}, [("cuda:0", "cuda:0", 256, 16)], id="one GPU"
         ),
-        pytest.param(BOX, {"n_workers": 1}, [("cpu-0", "cpu", None, 8)], id="a CPU beside GPUs"),
+        pytest.param(BOX, {"n_workers": 1}, [("cpu-0", "cpu", 64, 8)], id="a CPU beside GPUs"),
     ],
 )
 def test_workers_share_a_machine(
-    machine: Machine, asked: dict[str, Any], workers: list[tuple[str, str, int | None, int]]
+    machine: Machine, asked: dict[str, Any], workers: list[tuple[str, str, int, int]]
 ) -> None:
     found = local_workers(machine, **asked)
     assert [(w.name, w.device, w.n_threads, w.n_decode_threads) for w in found] == workers
@@ -115,4 +115,4 @@ def test_a_process_is_told_of_its_threads() -> None:
     assert shared.environment()["OMP_NUM_THREADS"] == "4"
     assert shared.environment()["PATCHBANK_THREADS"] == "4"
     (alone,) = local_workers(CPU)
-    assert set(alone.environment()) == {"PATCHBANK_DEVICE", "PATCHBANK_DECODE_THREADS"}
+    assert alone.environment()["PATCHBANK_THREADS"] == "8"
