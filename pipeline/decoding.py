@@ -75,6 +75,13 @@ class DecodedBatch:
     """Holds silence where a clip failed, so that its mates' tokens stay the same."""
     clips: Sequence[Decoded]
 
+    @property
+    def n_audio(self) -> list[int | None]:
+        """How many samples of each clip are audio; None of those that failed."""
+        return [
+            None if isinstance(clip, AudioError) else clip.n_audio_samples for clip in self.clips
+        ]
+
 
 @dataclass(frozen=True)
 class _Row:

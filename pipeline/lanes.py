@@ -20,7 +20,7 @@ from torch import Tensor
 from patchbank.pipeline.decoding import DecodedBatch
 from patchbank.pipeline.encoding import ClockMarks, Encoding
 from patchbank.pipeline.environment import compute_alone, is_cpu
-from patchbank.pipeline.errors import AudioError, EncoderError
+from patchbank.pipeline.errors import EncoderError
 from patchbank.pipeline.slots import WaveformSlot
 from patchbank.pipeline.stages import COPY, StageClock
 from patchbank.pipeline.tokens import PackedTokens, StoredTokens
@@ -128,14 +128,11 @@ class Lanes:
         return self.run_batch(self._encode, batch)
 
     def _encode(self, batch: DecodedBatch) -> EncodedBatch:
-        n_audio = [
-            None if isinstance(clip, AudioError) else clip.n_audio_samples for clip in batch.clips
-        ]
         try:
-            return self._device.encode(batch.slot, n_audio)
+            return self._device.encode(batch.slot, batch.n_audio)
         except torch.cuda.OutOfMemoryError as error:
             raise EncoderError(
-                f"no memory left on {self.encoding.device} for a batch of {len(n_audio)} clips "
+                f"no memory left on {self.encoding.device} for a batch of {len(batch.clips)} clips "
                 f"({str(error).splitlines()[0]}); choose a smaller --batch-size and another --out"
             ) from error
 

@@ -170,7 +170,7 @@ class ShardExtractor:
 
     def _finite_patches(self, batch: DecodedBatch) -> dict[int, Float32[np.ndarray, "patch dim"]]:
         good = [i for i, clip in enumerate(batch.clips) if not isinstance(clip, AudioError)]
-        n_audio = [_n_audio(batch.clips[i]) for i in good]
+        n_audio = [batch.n_audio[i] for i in good]
         try:
             waveforms = batch.slot.tensor(len(batch.clips))[good]
             maps = self._maps(waveforms, n_audio) if good else {}
@@ -332,10 +332,6 @@ class ShardExtractor:
             )
         if len(facts) > 1 and all(fact.failure == FILE_IS_GONE for fact in facts):
             raise not_seen(self._job.audio_root, "audio")
-
-
-def _n_audio(clip: Decoded) -> int | None:
-    return None if isinstance(clip, AudioError) else clip.n_audio_samples
 
 
 def _ahead(futures: Iterator[Future[T]], depth: int) -> Iterator[T]:
