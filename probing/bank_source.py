@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,7 @@ from patchbank.pipeline.bank.row_files import MOST_OPEN_FILES, RowFiles, reads_d
 from patchbank.pipeline.bank.schema import POOLED
 from patchbank.pipeline.errors import BankError
 from patchbank.probing.batch import Batch, LayerTokens
-from patchbank.probing.decoding import Dequantiser
+from patchbank.probing.decoding import Dequantiser, QuantisedTokens
 from patchbank.probing.device_ring import N_DEVICE_SLOTS, DeviceRows, copied_ahead
 from patchbank.probing.plan import BatchRows
 from patchbank.probing.ring import N_SLOTS, Column, Filled, FilledBatches, Slot, read_ahead
@@ -267,15 +266,15 @@ class BankSource:
 
 def _layer_tokens(values: Mapping[str, Tensor], dequantise: Dequantiser | None) -> LayerTokens:
     raw, counts = values.get("patches"), values.get("n_patches")
-    decode = None
+    quantised = None
     if dequantise is not None and raw is not None:
-        decode = partial(dequantise, raw, values["scale"])
+        quantised = QuantisedTokens(dequantise, values["scale"])
     return LayerTokens(
         raw,
         values.get("prefix"),
         None if counts is None else counts.long(),
         {name: values[name] for name in POOLED if name in values},
-        decode,
+        quantised,
     )
 
 

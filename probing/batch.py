@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -20,6 +20,27 @@ NO_LAYER = 0
 """The layer of tokens that come from no bank; a bank's layers count from 1."""
 
 
+@runtime_checkable
+class Quantised(Protocol):
+    """Makes floats of the codes of one batch."""
+
+    @property
+    def dim(self) -> int: ...
+
+    def all(self, raw: Shaped[Tensor, "clip patch width"]) -> Float[Tensor, "clip patch dim"]:
+        """Float32, in memory that the next batch overwrites."""
+        ...
+
+    def write(
+        self,
+        raw: Shaped[Tensor, "clip patch width"],
+        clips: slice,
+        out: Float[Tensor, "clip patch dim"],
+    ) -> None:
+        """The floats of `clips`, whose codes `raw` holds, into `out` in its type."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class LayerTokens:
     """The tokens of one layer in a batch, on the loader's device."""
@@ -31,8 +52,19 @@ class LayerTokens:
     """Patches that count, the first of each clip; None where all do."""
     pooled: Mapping[str, Float[Tensor, "clip dim"]] = field(default_factory=dict)
     """The stored mean, max or min over patches, where the loader was asked for them."""
-    decode: Callable[[], Float[Tensor, "clip patch dim"]] | None = None
-    """Gives the floats of quantised tokens."""
+    quantised: Quantised | None = None
+    """What makes floats of quantised codes, with the scale of each token."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(clip, patch, dim) of the floats; `BankError` where the batch holds no patches."""
+        n_clips, n_patches, width = self._codes.shape
+        return n_clips, n_patches, width if self.quantised is None else self.quantised.dim
+
+    @property
+    def floats(self) -> Float[Tensor, "clip patch dim"] | None:
+        """The patches where they are stored as floats."""
+        return self.raw if self.quantised is None else None
 
     @cached_property
     def patches(self) -> Float[Tensor, "clip patch dim"]:
@@ -40,8 +72,17 @@ class LayerTokens:
 
         Quantised tokens are dequantised when this is first asked for, where they lie.
         """
-        if self.decode is not None:
-            return self.decode()
+        return self._codes if self.quantised is None else self.quantised.all(self._codes)
+
+    def write(self, out: Float[Tensor, "clip patch dim"], clips: slice) -> None:
+        """The floats of some clips, into `out` in its type."""
+        if self.quantised is None:
+            out.copy_(self._codes[clips], non_blocking=True)
+        else:
+            self.quantised.write(self._codes[clips], clips, out)
+
+    @property
+    def _codes(self) -> Shaped[Tensor, "clip patch width"]:
         if self.raw is None:
             raise BankError('the batch holds no patches; ask the loader for arrays=("patches",)')
         return self.raw
@@ -78,7 +119,8 @@ class Batch:
         return self.layers[layer]
 
     @property
-    def _only(self) -> LayerTokens:
+    def only(self) -> LayerTokens:
+        """The tokens of the only layer; `BankError` where there are several."""
         if len(self.layers) != 1:
             last = list(self.layers)[-1]
             raise BankError(
@@ -90,27 +132,27 @@ class Batch:
     @property
     def patches(self) -> Float[Tensor, "clip patch dim"]:
         """`LayerTokens.patches` of the only layer; `BankError` where there are several."""
-        return self._only.patches
+        return self.only.patches
 
     @property
     def raw(self) -> Shaped[Tensor, "clip patch width"] | None:
         """`LayerTokens.raw` of the only layer."""
-        return self._only.raw
+        return self.only.raw
 
     @property
     def prefix(self) -> Float[Tensor, "clip prefix dim"] | None:
         """`LayerTokens.prefix` of the only layer."""
-        return self._only.prefix
+        return self.only.prefix
 
     @property
     def n_patches(self) -> Int[Tensor, " clip"] | None:
         """`LayerTokens.n_patches` of the only layer."""
-        return self._only.n_patches
+        return self.only.n_patches
 
     @property
     def pooled(self) -> Mapping[str, Float[Tensor, "clip dim"]]:
         """`LayerTokens.pooled` of the only layer."""
-        return self._only.pooled
+        return self.only.pooled
 
 
 @runtime_checkable

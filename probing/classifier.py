@@ -142,7 +142,7 @@ class _Fit:
 
     def search(self, valid_fraction: float) -> float:
         """The learning rate that does best on held-out clips; the middle one without such."""
-        rates = self.settings.candidates(self.name, self.family.learning_rate_range)
+        rates = self.settings.candidates(self.name, self.family.learning_rates)
         order = np.random.default_rng(self.settings.order_seed).permutation(self.source.n_rows)
         n_valid = int(len(order) * valid_fraction)
         valid, rows = order[:n_valid], order[n_valid:]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
@@ -14,7 +16,7 @@ CACHED_VALUES = 2**19
 
 
 class Dequantiser:
-    """`ChannelConstants.dequantise`, into memory that the next call overwrites."""
+    """`ChannelConstants.dequantise`, for tokens on one device."""
 
     def __init__(
         self, constants: ChannelConstants, stored: StoredType, device: torch.device
@@ -32,10 +34,15 @@ class Dequantiser:
         """Memory for floats, once they have been asked for."""
         return self._out.nbytes
 
-    def __call__(
+    @property
+    def dim(self) -> int:
+        return len(self._shift)
+
+    def all(
         self, raw: Shaped[Tensor, "clip patch width"], scale: Float[Tensor, "clip patch"]
     ) -> Float[Tensor, "clip patch dim"]:
-        shape = (*raw.shape[:2], len(self._shift))
+        """Into memory that the next call overwrites."""
+        shape = (*raw.shape[:2], self.dim)
         if len(self._out) < len(raw) or self._out.shape[1:] != shape[1:]:
             with torch.inference_mode(False):  # it is written to again outside of that mode
                 self._out = torch.empty(shape, device=raw.device)
@@ -45,6 +52,20 @@ class Dequantiser:
             self._dequantise(*parts)
         return out
 
+    def write(
+        self,
+        raw: Shaped[Tensor, "clip patch width"],
+        scale: Float[Tensor, "clip patch"],
+        out: Float[Tensor, "clip patch dim"],
+    ) -> None:
+        """Into `out`, in its type and on its device."""
+        if (out.dtype, out.device) == (torch.float32, raw.device):
+            self._dequantise(raw, scale, out)
+            return
+        floats = torch.empty(out.shape, device=raw.device)
+        self._dequantise(raw, scale, floats)
+        out.copy_(floats)
+
     def _dequantise(self, raw: Tensor, scale: Tensor, out: Tensor) -> None:
         # Widened first: a product of integers and floats takes five times as long on a CPU.
         out.copy_(_codes(raw, self._stored))
@@ -53,6 +74,29 @@ class Dequantiser:
             blocks = out.unflatten(2, (-1, len(self._rotation)))
             out.copy_((blocks @ self._rotation).flatten(2))
         torch.addcmul(self._shift, out, self._channel_scale, out=out)
+
+
+@dataclass(frozen=True)
+class QuantisedTokens:
+    """The scales of one batch, and what makes floats of its codes; see `batch.Quantised`."""
+
+    dequantiser: Dequantiser
+    scale: Float[Tensor, "clip patch"]
+
+    @property
+    def dim(self) -> int:
+        return self.dequantiser.dim
+
+    def all(self, raw: Shaped[Tensor, "clip patch width"]) -> Float[Tensor, "clip patch dim"]:
+        return self.dequantiser.all(raw, self.scale)
+
+    def write(
+        self,
+        raw: Shaped[Tensor, "clip patch width"],
+        clips: slice,
+        out: Float[Tensor, "clip patch dim"],
+    ) -> None:
+        self.dequantiser.write(raw, self.scale[clips], out)
 
 
 def _codes(raw: Shaped[Tensor, "clip patch width"], stored: StoredType) -> Tensor:

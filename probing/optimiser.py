@@ -33,17 +33,38 @@ class StackedAdamW:
         self._squares = [torch.zeros_like(parameter) for parameter in parameters]
         self._n_steps = 0
 
-    @torch.no_grad()
-    def step(self, *, factor: float = 1.0) -> None:
-        """One update with `factor` times the learning rates, then forgets the gradients."""
+    def step(
+        self, gradients: Sequence[Float[Tensor, "trial ..."] | None], *, factor: float = 1.0
+    ) -> None:
+        """One update of all trials with `factor` times the learning rates.
+
+        A parameter without a gradient stays as it is.
+        """
+        self.begin_step()
+        self.update(slice(None), gradients, factor=factor)
+
+    def begin_step(self) -> None:
+        """Counts a step; each trial is then to be updated once."""
         self._n_steps += 1
-        rates = self._learning_rates * factor
-        for parameter, mean, square in zip(
-            self._parameters, self._means, self._squares, strict=True
+
+    @torch.no_grad()
+    def update(
+        self,
+        trials: slice,
+        gradients: Sequence[Float[Tensor, "trial ..."] | None],
+        *,
+        factor: float = 1.0,
+    ) -> None:
+        """The update of some trials, from their gradients alone."""
+        rates = self._learning_rates[trials] * factor
+        decays = self._weight_decays[trials]
+        for parameter, gradient, mean, square in zip(
+            self._parameters, gradients, self._means, self._squares, strict=True
         ):
-            if parameter.grad is not None:
-                self._update(parameter, parameter.grad, mean, square, rates)
-            parameter.grad = None
+            if gradient is not None:
+                self._update(
+                    parameter[trials], gradient, mean[trials], square[trials], rates, decays
+                )
 
     def _update(
         self,
@@ -52,9 +73,10 @@ class StackedAdamW:
         mean: Float[Tensor, "trial ..."],
         square: Float[Tensor, "trial ..."],
         rates: Float[Tensor, " trial"],
+        decays: Float[Tensor, " trial"],
     ) -> None:
         shape = (-1, *[1] * (parameter.ndim - 1))
-        parameter.mul_((1 - rates * self._weight_decays).view(shape))
+        parameter.mul_((1 - rates * decays).view(shape))
         mean.lerp_(gradient, 1 - BETAS[0])
         square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
         unbiased = square.sqrt().div_(math.sqrt(1 - BETAS[1] ** self._n_steps)).add_(EPSILON)

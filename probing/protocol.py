@@ -149,7 +149,7 @@ def _search(job: _Job, families: dict[str, Probe]) -> dict[str, tuple[Candidate,
     candidates: dict[str, tuple[Candidate, ...]] = {}
     stacks = []
     for name, probe in families.items():
-        rates = job.settings.candidates(name, probe.learning_rate_range)
+        rates = job.settings.candidates(name, probe.learning_rates)
         candidates[name] = tuple(Candidate(rate, None) for rate in rates)
         if len(rates) > 1:
             stacks.append(_stack(job, name, probe, rates=rates, seeds=[0] * len(rates)))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from patchbank.pipeline.errors import TrialError
 from patchbank.probing.losses import Loss
 from patchbank.probing.optimiser import StackedAdamW
 from patchbank.probing.probes.base import Probe, Weights, stacked_weights
@@ -43,17 +44,18 @@ class TrialStack:
     ) -> None:
         self.name, self.probe, self.trials = name, probe, tuple(trials)
         first = stacked_weights(probe, name, [trial.seed for trial in trials])
-        self.weights: Weights = {
-            key: value.to(device, dtype).requires_grad_() for key, value in first.items()
-        }
+        self.weights: Weights = {key: value.to(device, dtype) for key, value in first.items()}
+        self._trained = [key for key in self.weights if key not in probe.buffers]
         self._dropout = [
             generator(f"dropout/{name}", trial.seed, device=device) for trial in trials
         ]
         self._optimiser = StackedAdamW(
-            list(self.weights.values()),
+            [self.weights[key] for key in self._trained],
             learning_rates=self._vector([trial.learning_rate for trial in trials], dtype, device),
             weight_decays=self._vector([trial.weight_decay for trial in trials], dtype, device),
         )
+        self.parts = [slice(0, len(self.trials))]
+        """Trials that are computed together: all, until memory does not suffice."""
         self.is_finite: Bool[Tensor, " trial"] = torch.ones(
             len(trials), dtype=torch.bool, device=device
         )
@@ -69,21 +71,78 @@ class TrialStack:
         self, tokens: Tokens, targets: Float[Tensor, "clip class"], loss: Loss, *, factor: float
     ) -> Float[Tensor, " trial"]:
         """One update of every trial on one batch; returns the losses before it."""
-        losses = loss(self.probe.logits(self.weights, tokens, dropout=self._dropout), targets)
+        self._optimiser.begin_step()
+
+        def train(trials: slice) -> Tensor:
+            losses, gradients = self._gradients(trials, tokens, targets, loss)
+            self._optimiser.update(trials, gradients, factor=factor)
+            return losses
+
+        losses = torch.cat(self._in_parts(train))
+        self.is_finite &= torch.isfinite(losses)
+        return losses
+
+    def _gradients(
+        self, trials: slice, tokens: Tokens, targets: Float[Tensor, "clip class"], loss: Loss
+    ) -> tuple[Float[Tensor, " trial"], list[Tensor | None]]:
+        weights = {key: value[trials].detach() for key, value in self.weights.items()}
+        leaves = [weights[key].requires_grad_() for key in self._trained]
+        logits = self.probe.logits(weights, tokens, dropout=self._dropout[trials])
+        losses = loss(logits, targets)
         # The sum keeps trials apart: no parameter of one has a gradient from another's loss.
-        losses.sum().backward()
-        self._optimiser.step(factor=factor)
-        found = losses.detach()
-        self.is_finite &= torch.isfinite(found)
-        return found
+        gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+        return losses.detach(), list(gradients)
 
     @torch.no_grad()
     def logits(self, tokens: Tokens) -> Float[Tensor, "trial clip class"]:
         """Logits without dropout."""
-        return self.probe.logits(self.weights, tokens)
+
+        def apply(trials: slice) -> Tensor:
+            weights = {key: value[trials] for key, value in self.weights.items()}
+            return self.probe.logits(weights, tokens)
+
+        return torch.cat(self._in_parts(apply))
+
+    def _in_parts(self, work: Callable[[slice], Tensor]) -> list[Tensor]:
+        """`work` on all trials; where memory does not suffice, on halves from now on."""
+        done: list[Tensor] = []
+        while len(done) < len(self.parts):
+            part = self.parts[len(done)]
+            before = self._changing(part)
+            try:
+                done.append(work(part))
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                if part.stop - part.start == 1:
+                    raise TrialError(
+                        f"memory does not suffice for a single trial of probe {self.name!r} "
+                        f"({error}); pass a smaller --batch-size"
+                    ) from error
+                self._restore(part, before)
+                middle = (part.start + part.stop) // 2
+                halves = [slice(part.start, middle), slice(middle, part.stop)]
+                self.parts[len(done) : len(done) + 1] = halves
+        return done
+
+    def _changing(self, trials: slice) -> tuple[list[Tensor], list[Tensor]]:
+        """What a step changes before it can run out of memory: dropout, running statistics."""
+        states = [random.get_state() for random in self._dropout[trials]]
+        return states, [self.weights[key][trials].clone() for key in self.probe.buffers]
+
+    def _restore(self, trials: slice, before: tuple[list[Tensor], list[Tensor]]) -> None:
+        for random, state in zip(self._dropout[trials], before[0], strict=True):
+            random.set_state(state)
+        for key, value in zip(self.probe.buffers, before[1], strict=True):
+            self.weights[key][trials] = value
 
     def weights_of(self, index: int) -> Weights:
         """One trial's parameters on the CPU, without the trial axis."""
         return {
             key: value[index].detach().cpu().contiguous() for key, value in self.weights.items()
         }
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # What a CPU lacks is a plain RuntimeError of the allocator.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate" in str(error)

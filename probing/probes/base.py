@@ -8,9 +8,10 @@ are a slice.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -21,6 +22,7 @@ from patchbank.probing.probes.tokens import Tokens
 from patchbank.probing.randomness import generator
 
 Weights = dict[str, Tensor]
+"""Arrays by name, of one trial or of several along a leading axis."""
 Logits = Float[Tensor, "trial clip class"]
 Dropout = Sequence[torch.Generator]
 """One generator a trial, on the device of the weights."""
@@ -34,32 +36,40 @@ class ProbeShape:
     dim: int
     n_classes: int
     n_prefix: int = 0
+    grid: tuple[int, int] | None = None
+    """(time, freq) of the patches, patch = t * freq + f; None where nobody knows."""
+    n_layers: int = 1
+    """Layers that the probe mixes."""
 
 
-@runtime_checkable
-class Probe(Protocol):
-    """One probe family for one shape."""
+@dataclass(frozen=True)
+class Probe(ABC):
+    """One probe family for one shape; its fields beside `shape` are its options."""
 
-    @property
-    def shape(self) -> ProbeShape: ...
+    shape: ProbeShape
+
+    buffers: ClassVar[tuple[str, ...]] = ()
+    """Names of arrays among the weights that no gradient changes, like running statistics."""
+    learning_rates: ClassVar[tuple[float, float]] = (1e-4, 7e-3)
+    """Lowest and highest worth trying; the paper's range for all but prototypes."""
+    mixes_layers: ClassVar[bool] = False
+    """Takes `Tokens.layers` itself; any other family is put behind a softmax mix of layers."""
 
     @property
     def options(self) -> dict[str, Any]:
         """Every hyper-parameter, resolved, as plain JSON; building with them gives the same."""
-        ...
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "shape"}
 
-    @property
-    def learning_rate_range(self) -> tuple[float, float]:
-        """Lowest and highest learning rate worth trying."""
-        ...
-
+    @abstractmethod
     def first_weights(self, random: torch.Generator) -> Weights:
-        """One trial's parameters before training, float32 on the CPU."""
-        ...
+        """One trial's parameters and buffers before training, float32 on the CPU."""
 
+    @abstractmethod
     def logits(self, weights: Weights, tokens: Tokens, *, dropout: Dropout | None = None) -> Logits:
-        """Logits of stacked trials for one batch; `dropout` is None outside training."""
-        ...
+        """Logits of stacked trials for one batch; `dropout` is None outside training.
+
+        Nothing of one trial may reach another. In training, buffers are changed in place.
+        """
 
 
 Build = Callable[[ProbeShape, Options], Probe]
@@ -74,7 +84,8 @@ def stacked_weights(probe: Probe, name: str, seeds: Sequence[int]) -> Weights:
 
 def n_parameters(probe: Probe) -> int:
     """Trained numbers of one trial."""
-    return sum(value.numel() for value in probe.first_weights(torch.Generator()).values())
+    first = probe.first_weights(torch.Generator())
+    return sum(value.numel() for key, value in first.items() if key not in probe.buffers)
 
 
 def uniform_linear(

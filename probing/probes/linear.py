@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from patchbank.probing.probes.base import (
     Dropout,
     Logits,
     Options,
+    Probe,
     ProbeShape,
     Weights,
     check_options,
@@ -22,33 +23,25 @@ from patchbank.probing.probes.tokens import Tokens
 
 
 @dataclass(frozen=True)
-class LinearProbe:
+class LinearProbe(Probe):
     """Linear(D, C) on one vector a clip."""
 
-    shape: ProbeShape
+    # The paper searches 1e-4 to 7e-3. On sets of some hundred clips a pass has few steps and the
+    # best rate lies above that, which would hold the baseline down.
+    learning_rates: ClassVar[tuple[float, float]] = (5e-4, 1e-1)
+
     pooling: Literal["mean", "cls"]
 
     @property
     def options(self) -> dict[str, Any]:
         return {}
 
-    @property
-    def learning_rate_range(self) -> tuple[float, float]:
-        # The paper searches 1e-4 to 7e-3. On sets of some hundred clips a pass has few steps and
-        # the best rate lies above that, which would hold the baseline down.
-        return (5e-4, 1e-1)
-
     def first_weights(self, random: torch.Generator) -> Weights:
         weight, bias = uniform_linear(self.shape.n_classes, self.shape.dim, random)
         return {"weight": weight, "bias": bias}
 
     def logits(self, weights: Weights, tokens: Tokens, *, dropout: Dropout | None = None) -> Logits:
-        if self.pooling == "mean":
-            vector = tokens.mean
-        elif tokens.prefix is None:
-            raise TrialError("found no prefix tokens in the batch, expected a CLS token")
-        else:
-            vector = tokens.prefix[:, 0]
+        vector = tokens.mean if self.pooling == "mean" else tokens.cls
         # The trials share their input, so all of them are one plain matrix product.
         n_trials, n_classes, _ = weights["weight"].shape
         joined = F.linear(vector, weights["weight"].flatten(0, 1), weights["bias"].flatten())

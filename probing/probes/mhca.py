@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -15,6 +14,7 @@ from patchbank.probing.probes.base import (
     Dropout,
     Logits,
     Options,
+    Probe,
     ProbeShape,
     Weights,
     apply_linear,
@@ -27,7 +27,7 @@ MAX_HEADS = 12
 
 
 @dataclass(frozen=True)
-class MhcaProbe:
+class MhcaProbe(Probe):
     """Multi-head cross attention from one learned query, then a linear layer.
 
     Keys and values of N tokens would cost 2 N D^2 a clip. A score is q_h . (Wk_h z_n) =
@@ -35,16 +35,7 @@ class MhcaProbe:
     work as the projection matrices, exactly.
     """
 
-    shape: ProbeShape
     n_heads: int
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {"n_heads": self.n_heads}
-
-    @property
-    def learning_rate_range(self) -> tuple[float, float]:
-        return (1e-4, 7e-3)
 
     def first_weights(self, random: torch.Generator) -> Weights:
         dim = self.shape.dim

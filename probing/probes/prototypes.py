@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from patchbank.probing.probes.base import (
     Dropout,
     Logits,
     Options,
+    Probe,
     ProbeShape,
     Weights,
     apply_dropout,
@@ -29,14 +30,15 @@ OPTIONS = ("n_prototypes_per_class", "dropout")
 
 
 @dataclass(frozen=True)
-class PrototypeProbe:
+class PrototypeProbe(Probe):
     """Cosine of prototypes with tokens, maximum over tokens, dropout, linear layer.
 
     The prototypes belong to no class: the dense layer mixes all of them. Only directions of
     tokens count, and CLS is not used.
     """
 
-    shape: ProbeShape
+    learning_rates: ClassVar[tuple[float, float]] = (2e-3, 8e-2)
+
     is_binary: bool
     n_prototypes_per_class: int = 20
     dropout: float = 0.2
@@ -44,10 +46,6 @@ class PrototypeProbe:
     @property
     def options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in OPTIONS}
-
-    @property
-    def learning_rate_range(self) -> tuple[float, float]:
-        return (2e-3, 8e-2)
 
     @property
     def n_prototypes(self) -> int:

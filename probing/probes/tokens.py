@@ -1,9 +1,10 @@
-"""One batch of tokens, converted once and shared by all trials of all probes."""
+"""One batch of tokens, as all trials of all probes see it: what several need is made once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,6 +12,10 @@ from torch import Tensor
 
 from patchbank.pipeline.errors import TrialError
 from patchbank.probing.batch import Batch
+
+_CPU = torch.device("cpu")
+BLOCK_VALUES = 2**19
+"""Floats that stay in a processor's cache from one step to the next."""
 
 
 class Buffers:
@@ -33,56 +38,172 @@ class Buffers:
         return flat[:n_elements].view(shape)
 
 
-@dataclass(frozen=True)
+@runtime_checkable
+class Stored(Protocol):
+    """Patches in some stored type, that become floats a few clips at a time."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(clip, patch, dim)."""
+        ...
+
+    def write(self, out: Float[Tensor, "clip patch dim"], clips: slice) -> None:
+        """The patches of `clips`, into `out`."""
+        ...
+
+
 class Tokens:
     """Tokens of a batch as the probes see them: one float type, on the training device.
 
-    What several probes need (mean, directions) is computed when first asked for, once a batch.
+    What several probes need (floats, mean, directions) is made when first asked for, once a batch,
+    and no more than is asked for: a linear probe on the mean never has the batch as floats.
     Values of patches beyond `n_patches` never count, but must be finite.
     """
 
-    patches: Float[Tensor, "clip patch dim"]
-    prefix: Float[Tensor, "clip prefix dim"] | None = None
-    n_patches: Int[Tensor, " clip"] | None = None
-    buffers: Buffers = field(default_factory=Buffers, compare=False)
+    def __init__(
+        self,
+        patches: Float[Tensor, "clip patch dim"] | Stored,
+        prefix: Float[Tensor, "clip prefix dim"] | None = None,
+        n_patches: Int[Tensor, " clip"] | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device = _CPU,
+        buffers: Buffers | None = None,
+        name: str = "",
+        others: Sequence[Tokens] = (),
+    ) -> None:
+        """Floats as they are; or what is stored, which becomes `dtype` on `device`.
+
+        `name` tells the memory of several such tokens of one batch apart; `others` are the layers
+        before this one, for a probe that mixes layers.
+        """
+        self.shape = tuple(patches.shape)
+        """(clip, patch, dim)."""
+        self.prefix, self.n_patches = prefix, n_patches
+        self.dtype, self.device = dtype, device
+        self.layers: tuple[Tokens, ...] = (*others, self)
+        """The layers that a probe may mix, this one last."""
+        self._stored, self._buffers, self._name = patches, buffers or Buffers(), name
+        if isinstance(patches, Tensor):
+            self.dtype, self.device = patches.dtype, patches.device
+            self.__dict__["patches"] = patches
+
+    def __len__(self) -> int:
+        """Clips."""
+        return self.shape[0]
+
+    @cached_property
+    def patches(self) -> Float[Tensor, "clip patch dim"]:
+        """All patches as floats."""
+        out = self._take("patches")
+        for clips in self._blocks():
+            self._write(out[clips], clips)
+        return out
+
+    @property
+    def cls(self) -> Float[Tensor, "clip dim"]:
+        """The CLS token: the first of the prefix; `TrialError` where there is none."""
+        if self.prefix is None or not self.prefix.shape[1]:
+            raise TrialError("found no prefix tokens in the batch, expected a CLS token")
+        return self.prefix[:, 0]
 
     @cached_property
     def counts(self) -> Bool[Tensor, "clip patch"] | None:
         """True for patches that count; None where all do."""
         if self.n_patches is None:
             return None
-        positions = torch.arange(self.patches.shape[1], device=self.patches.device)
+        positions = torch.arange(self.shape[1], device=self.device)
         return positions < self.n_patches[:, None]
 
     @cached_property
     def mean(self) -> Float[Tensor, "clip dim"]:
         """The mean of the patches that count."""
+        if "patches" in self.__dict__ or self.device.type != "cpu":
+            return self._mean_of(self.patches, slice(None))
+        parts, scratch = [], self._take("patches")  # only its first clips are touched
+        for clips in self._blocks():
+            block = scratch[: clips.stop - clips.start]
+            self._write(block, clips)
+            parts.append(self._mean_of(block, clips))
+        return torch.cat(parts)
+
+    def _mean_of(
+        self, patches: Float[Tensor, "clip patch dim"], clips: slice
+    ) -> Float[Tensor, "clip dim"]:
         if self.counts is None or self.n_patches is None:
-            return self.patches.mean(dim=1)
-        weights = self.counts / self.n_patches[:, None].to(self.patches.dtype)
-        return torch.bmm(weights[:, None].to(self.patches.dtype), self.patches)[:, 0]
+            return patches.mean(dim=1)
+        weights = self.counts[clips] / self.n_patches[clips, None].to(patches.dtype)
+        return torch.bmm(weights[:, None].to(patches.dtype), patches)[:, 0]
 
     @cached_property
     def directions(self) -> Float[Tensor, "clip patch dim"]:
         """Patches of length one; a patch of zeros stays zero."""
-        z = self.patches
-        norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp(min=1e-12)
-        out = self.buffers.take("directions", tuple(z.shape), dtype=z.dtype, device=z.device)
-        return torch.div(z, norm, out=out)
+        ready: Tensor | None = self.__dict__.get("patches")
+        if ready is not None and ready.requires_grad:
+            return ready / _length(ready)
+        out = self._take("directions")
+        for clips in self._blocks():
+            block = out[clips]
+            if ready is None:
+                self._write(block, clips)
+                block.div_(_length(block))
+            else:
+                torch.div(ready[clips], _length(ready[clips]), out=block)
+        return out
+
+    def _take(self, what: str) -> Float[Tensor, "clip patch dim"]:
+        name = f"{what}/{self._name}"
+        return self._buffers.take(name, self.shape, dtype=self.dtype, device=self.device)
+
+    def _blocks(self) -> Iterator[slice]:
+        """Clips whose floats fit a processor's cache; all of them on a GPU."""
+        n_clips, n_patches, dim = self.shape
+        size = max(1, BLOCK_VALUES // (n_patches * dim)) if self.device.type == "cpu" else n_clips
+        for start in range(0, n_clips, size):
+            yield slice(start, min(start + size, n_clips))
+
+    def _write(self, out: Float[Tensor, "clip patch dim"], clips: slice) -> None:
+        if isinstance(self._stored, Tensor):
+            out.copy_(self._stored[clips])
+        else:
+            self._stored.write(out, clips)
 
 
-def convert(batch: Batch, *, dtype: torch.dtype, device: torch.device, buffers: Buffers) -> Tokens:
-    """The tokens of `batch` in `dtype` on `device`, valid until the next batch."""
-    patches = batch.patches
-    if (patches.dtype, patches.device) != (dtype, device):
-        converted = buffers.take("patches", tuple(patches.shape), dtype=dtype, device=device)
-        patches = converted.copy_(patches, non_blocking=True)
-    prefix = None if batch.prefix is None else batch.prefix.to(device, dtype)
-    n_patches = batch.n_patches
+def _length(z: Float[Tensor, "clip patch dim"]) -> Float[Tensor, "clip patch 1"]:
+    norm: Tensor = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
+    return norm.clamp(min=1e-12)
+
+
+def convert(
+    batch: Batch,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    buffers: Buffers,
+    layer: int | None = None,
+) -> Tokens:
+    """The tokens of one layer of `batch` (the only one by default) in `dtype` on `device`.
+
+    Valid until the next batch, and patches become floats when they are first asked for.
+    """
+    stored = batch.only if layer is None else batch[layer]
+    prefix = None if stored.prefix is None else stored.prefix.to(device, dtype)
+    n_patches = stored.n_patches
     if n_patches is not None:
-        _check_counts(n_patches, batch.patches.shape[1])
+        _check_counts(n_patches, stored.shape[1])
         n_patches = n_patches.to(device, torch.int64)
-    return Tokens(patches, prefix, n_patches, buffers)
+    is_ready = stored.floats is not None and (
+        (stored.floats.dtype, stored.floats.device) == (dtype, device)
+    )
+    return Tokens(
+        stored.floats if is_ready and stored.floats is not None else stored,
+        prefix,
+        n_patches,
+        dtype=dtype,
+        device=device,
+        buffers=buffers,
+        name="" if layer is None else str(layer),
+    )
 
 
 def _check_counts(n_patches: Int[Tensor, " clip"], n_slots: int) -> None:
