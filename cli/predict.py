@@ -15,8 +15,9 @@ from patchbank.pipeline.errors import AudioError, EncoderError, PatchbankError
 if TYPE_CHECKING:
     import numpy as np
 
-    from patchbank.pipeline.stream import TokenStream
+    from patchbank.pipeline.stream import EncodedWindows, TokenStream
     from patchbank.probing.artefact import ProbeArtefact
+    from patchbank.probing.batch import Batch
 
 Row = tuple[str, float, float, "np.ndarray[Any, Any]"]
 """Clip or path, start and end in seconds, one probability a class."""
@@ -83,9 +84,9 @@ def rows_of_bank(artefact: ProbeArtefact, path: Path) -> Iterator[Row]:
     clips = bank.clips.select(["clip_id", "view", "start_s", "duration_s"]).to_pylist()
     is_clean = np.array([clip["view"] == 0 for clip in clips])
     chosen = np.flatnonzero((bank.status == 1) & is_clean)
-    loader = BatchLoader(bank, layer=artefact.layer, rows=chosen, shuffle=False, reads_once=True)
+    loader = BatchLoader(bank, layer=artefact.layers, rows=chosen, shuffle=False, reads_once=True)
     for batch in loader:
-        scores = artefact.predict_proba(batch.patches, batch.prefix, batch.n_patches)
+        scores = artefact.predict_batch(batch)
         for row, probabilities in zip(np.asarray(batch.rows).tolist(), scores, strict=True):
             clip = clips[row]
             end_s = clip["start_s"] + clip["duration_s"]
@@ -111,10 +112,9 @@ def open_stream(
         )
     model = reload_encoder(artefact.encoder, weights=weights, device=chosen, encoder=encoder)
     artefact.check_encoder(model.spec.identity(), model.spec.encoder_id)
-    assert artefact.layer is not None
     return TokenStream(
         encoder=model,
-        layer=artefact.layer,
+        layers=artefact.layers,
         window=WindowSpec(**artefact.window),
         stored_dtype=artefact.tokens["stored_dtype"],
         mask_padding=artefact.tokens["mask_padding"],
@@ -130,7 +130,7 @@ def rows_of_audio(
     for path in recordings(audio):
         try:
             for encoded in stream.encode(path):
-                scores = artefact.predict_proba(encoded.patches, encoded.prefix, encoded.n_patches)
+                scores = artefact.predict_batch(batch_of(encoded))
                 for window, probabilities in zip(encoded.windows, scores, strict=True):
                     end_s = window.start_s + window.duration_s
                     yield str(path), window.start_s, end_s, probabilities
@@ -139,6 +139,24 @@ def rows_of_audio(
             print(f"failed: {path}: {error}", file=sys.stderr)
     if failed:
         raise PatchbankError(f"{failed} recording{'s' * (failed > 1)} could not be read")
+
+
+def batch_of(encoded: EncodedWindows) -> Batch:
+    """The tokens of some windows as a loader hands out those of a bank."""
+    import numpy as np
+    import torch
+
+    from patchbank.probing.batch import Batch, LayerTokens
+
+    layers = {
+        layer: LayerTokens(
+            torch.from_numpy(found.patches),
+            None if found.prefix is None else torch.from_numpy(found.prefix),
+            torch.from_numpy(found.n_patches),
+        )
+        for layer, found in encoded.layers.items()
+    }
+    return Batch(np.arange(len(encoded.windows)), layers)
 
 
 def recordings(audio: Sequence[Path]) -> Iterator[Path]:

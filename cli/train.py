@@ -21,14 +21,27 @@ if TYPE_CHECKING:
 def train_probe(
     bank: Annotated[Path, typer.Argument(metavar="BANK", help="A sealed bank.")],
     labels: Annotated[
-        Path, typer.Option(help="Table: labels by clip_id, by path, or by path,start_s,end_s.")
+        list[Path],
+        typer.Option(
+            help="Table: labels by clip_id, by path, or by path,start_s,end_s. Several share every "
+            "batch, and each has its own folder of results."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for results and probes.")],
     probe: Annotated[
         list[str] | None,
-        typer.Option(help="Probe family; repeat it for several. [default: linear protobin]"),
+        typer.Option(
+            help="Family, or with options linpre:pooling=lse; or a FILE.py; repeat it for several. "
+            "[default: linear protobin]"
+        ),
     ] = None,
-    layer: Annotated[int | None, typer.Option(help="[default: the bank's last]")] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="last|all|3,6|3+6|mix",
+            help="Each layer by itself, those with + between mixed. [default: last]",
+        ),
+    ] = None,
     splits: Annotated[
         Path | None, typer.Option(help="Table of splits, in place of the bank's own.")
     ] = None,
@@ -45,12 +58,17 @@ def train_probe(
     ] = False,
     epochs: Annotated[int, typer.Option(min=1)] = 30,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
-    seeds: Annotated[int, typer.Option(min=1, help="Final runs at the chosen rate.")] = 5,
-    sweep: Annotated[int, typer.Option(min=1, help="Learning rates to choose from.")] = 5,
+    seeds: Annotated[int, typer.Option(min=1, help="Final runs of the chosen setting.")] = 5,
+    sweep: Annotated[
+        int, typer.Option(min=1, help="Settings to choose from: learning rate, weight decay.")
+    ] = 5,
     lr: Annotated[
         list[float] | None, typer.Option(help="Learning rate to try; repeat it for several.")
     ] = None,
-    weight_decay: Annotated[float, typer.Option(min=0.0)] = 1e-4,
+    weight_decay: Annotated[
+        list[float] | None,
+        typer.Option(min=0.0, help="Weight decay to try; repeat it for several."),
+    ] = None,
     loss: Annotated[Loss, typer.Option(help="auto: asymmetric or cross-entropy.")] = Loss.auto,
     tier: Annotated[Tier, typer.Option(help="Where batches are read from.")] = Tier.auto,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
@@ -58,36 +76,40 @@ def train_probe(
 ) -> None:
     """Train probes from a bank alone: no encoder, no audio.
 
-    Learning rates are chosen on validation clips; the test split is read once.
+    All trials of all probes, layers and label tables learn from the same batches. Settings are
+    chosen on validation clips; the test split is read once.
     """
     import json
 
     from patchbank.pipeline.bank import open_bank
+    from patchbank.probing.entries import on_layers, parse_layers, parse_probe
     from patchbank.probing.results import format_scores
     from patchbank.probing.run import run_training
     from patchbank.probing.settings import TrainSettings
     from patchbank.probing.vocabulary import read_vocabulary
 
-    names = tuple(dict.fromkeys(probe or ("linear", "protobin")))
+    opened = open_bank(bank)
+    entries = [parse_probe(text) for text in dict.fromkeys(probe or ("linear", "protobin"))]
+    chosen = parse_layers(layer or (), opened.layers)
+    names = [entry.name for entry in on_layers(entries, chosen)]
     settings = TrainSettings(
         n_epochs=epochs,
         batch_size=batch_size,
         n_seeds=seeds,
-        n_learning_rates=sweep,
+        n_candidates=sweep,
         learning_rates={name: tuple(lr) for name in names} if lr else {},
-        weight_decay=weight_decay,
+        weight_decays={name: tuple(weight_decay) for name in names} if weight_decay else {},
         loss=loss.value,
         device=device,
     )
-    opened = open_bank(bank)
     with progress_lines() as progress:
         results = run_training(
             opened,
-            labels,
+            tuple(dict.fromkeys(labels)),
             out,
-            probes=names,
+            probes=entries,
             settings=settings,
-            layer=layer,
+            layer=chosen,
             splits_path=splits,
             folds=folds,
             classes=None if classes is None else read_vocabulary(classes),
@@ -101,8 +123,9 @@ def train_probe(
     if json_output:
         print(json.dumps(results))
         return
-    print_table(format_scores(results))
-    print(f"{out}: results.json, one folder a probe")
+    for name, found in (results if len(labels) > 1 else {"": results}).items():
+        print_table(format_scores(found))
+        print(f"{out / name}: results.json, one folder a probe")
 
 
 @contextmanager

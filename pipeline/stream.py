@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 from patchbank.pipeline.audio import DecodedClip, decode_clip, probe_duration_s
 from patchbank.pipeline.bank.dtypes import STORED_TYPES, prefix_type
 from patchbank.pipeline.containers import locate
-from patchbank.pipeline.encoders.base import Encoder, features_of
+from patchbank.pipeline.encoders.base import Encoder, TokenMap, features_of
 from patchbank.pipeline.errors import AudioError
 from patchbank.pipeline.specs import StoredDType, WindowSpec
 from patchbank.pipeline.tokens import counted_patches, store_tokens
@@ -32,13 +32,20 @@ class Window:
 
 
 @dataclass(frozen=True)
+class EncodedLayer:
+    """The tokens of one layer."""
+
+    patches: Float[np.ndarray, "clip patch dim"]
+    prefix: Float[np.ndarray, "clip prefix dim"] | None
+    n_patches: Int64[np.ndarray, " clip"]
+
+
+@dataclass(frozen=True)
 class EncodedWindows:
     """The tokens of some windows of one recording, as a bank would hold them."""
 
     windows: tuple[Window, ...]
-    patches: Float[np.ndarray, "clip patch dim"]
-    prefix: Float[np.ndarray, "clip prefix dim"] | None
-    n_patches: Int64[np.ndarray, " clip"]
+    layers: Mapping[int, EncodedLayer]
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class TokenStream:
     """How recordings become tokens: the encoder and the settings of a bank's card."""
 
     encoder: Encoder
-    layer: int
+    layers: tuple[int, ...]
     window: WindowSpec
     stored_dtype: StoredDType = "float16"
     mask_padding: bool = False
@@ -81,19 +88,27 @@ class TokenStream:
             waveforms.to(self.device),
             [clip.n_audio_samples for clip in clips] if self.window.pad == "zero" else None,
         )
-        tokens = self.encoder.encode(features, [self.layer])[self.layer]
+        found = self.encoder.encode(features, self.layers)
+        n_samples = waveforms.shape[1]
+        return EncodedWindows(
+            tuple(windows),
+            {layer: self._layer(found[layer], clips, n_samples) for layer in self.layers},
+        )
+
+    def _layer(
+        self, tokens: TokenMap, clips: Sequence[DecodedClip], n_samples: int
+    ) -> EncodedLayer:
         counts = [
             counted_patches(
                 self.encoder,
                 tokens.grid,
                 n_audio_samples=clip.n_audio_samples,
-                n_samples=waveforms.shape[1],
+                n_samples=n_samples,
                 mask_padding=self.mask_padding,
             )
             for clip in clips
         ]
-        return EncodedWindows(
-            tuple(windows),
+        return EncodedLayer(
             self._stored(tokens.patches),
             None if tokens.prefix is None else self._stored(tokens.prefix),
             np.array(counts, dtype=np.int64),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,14 @@ from patchbank.pipeline.errors import BankMismatch, TrialError
 from patchbank.pipeline.specs import differing_fields
 from patchbank.probing.atomic import write_atomically, write_json
 from patchbank.probing.batch import Batch
+from patchbank.probing.passes import BatchTokens
 from patchbank.probing.plan import sequential
 from patchbank.probing.probes import build_probe
 from patchbank.probing.probes.base import Probe, ProbeShape, Weights
-from patchbank.probing.probes.tokens import Buffers, convert
+from patchbank.probing.probes.tokens import Buffers
+from patchbank.probing.settings import TrainSettings
 
-FORMAT = 1
+FORMAT = 2
 PREDICT_BATCH_SIZE = 64
 ArrayLike = Any
 """A numpy array or a torch tensor."""
@@ -41,10 +43,10 @@ class ProbeArtefact:
     options: dict[str, Any]
     classes: tuple[str, ...]
     multi_label: bool
-    dim: int
-    n_prefix: int
+    shape: ProbeShape
     weights: Weights = field(repr=False, compare=False)
-    layer: int | None = None
+    layers: tuple[int, ...] = ()
+    """Several are mixed; none where the tokens came from no bank."""
     encoder_id: str = ""
     encoder: dict[str, Any] = field(default_factory=dict)
     """Identity of the encoder, as its card states it."""
@@ -71,11 +73,23 @@ class ProbeArtefact:
         self._check_shapes(tuple(patches.shape), has_prefix=prefix is not None)
         batch = Batch.of(np.arange(len(patches)), _tensor(patches), *tokens)
         parts = [
-            self._probabilities(_slice(batch, rows))
+            self.predict_batch(_slice(batch, rows))
             for rows in sequential(batch.rows, batch_size=PREDICT_BATCH_SIZE)
         ]
         empty = np.zeros((0, len(self.classes)), dtype=np.float32)
         return np.concatenate(parts) if parts else empty
+
+    @torch.no_grad()
+    def predict_batch(self, batch: Batch) -> Float[np.ndarray, "clip class"]:
+        """Probabilities of a batch, which holds all of `layers`, or one layer of any name."""
+        layers = self.layers if len(self.layers) > 1 else tuple(batch.layers)
+        settings = TrainSettings(device="cpu")
+        tokens = BatchTokens(batch, settings, Buffers()).of(layers)
+        self._check_shapes(tokens.shape, has_prefix=tokens.prefix is not None)
+        stacked = {key: value[None] for key, value in self.weights.items()}
+        logits = self._family().logits(stacked, tokens)[0]
+        probabilities = torch.sigmoid(logits) if self.multi_label else logits.softmax(dim=-1)
+        return probabilities.numpy()
 
     def check_encoder(self, identity: Mapping[str, Any], encoder_id: str) -> None:
         """Raises `BankMismatch`, naming every differing field, for tokens of another encoder."""
@@ -85,33 +99,29 @@ class ProbeArtefact:
         differences = differing_fields(found, self.encoder)
         raise BankMismatch(
             f"probe {self.probe!r} was trained on tokens of another encoder "
-            f"({self.encoder.get('name', self.encoder_id)}, layer {self.layer}); extract with that "
+            f"({self.encoder.get('name', self.encoder_id)}, {self._layer}); extract with that "
             "one, or train again: patchbank train-probe",
             differences or {"encoder_id": (encoder_id, self.encoder_id)},
         )
 
     def _check_shapes(self, shape: tuple[int, ...], *, has_prefix: bool) -> None:
         trained_on = f"this probe is trained on {self.encoder.get('name', 'an encoder')}"
-        if len(shape) != 3 or shape[2] != self.dim:
+        dim = self.shape.dim
+        if len(shape) != 3 or shape[2] != dim:
             raise TrialError(
-                f"expected patches (clip, patch, dim={self.dim}), found {shape}: {trained_on}, "
-                f"layer {self.layer}"
+                f"expected patches (clip, patch, dim={dim}), found {shape}: {trained_on}, "
+                f"{self._layer}"
             )
-        if self.probe == "linear-cls" and not has_prefix:
+        if not has_prefix and self._family().uses_prefix:
             raise TrialError(f"expected prefix tokens beside the patches, found none: {trained_on}")
 
-    def _family(self) -> Probe:
-        shape = ProbeShape(self.dim, len(self.classes), self.n_prefix)
-        return build_probe(self.probe, shape, self.options)
+    @property
+    def _layer(self) -> str:
+        return f"layer {'+'.join(map(str, self.layers))}"
 
-    @torch.no_grad()
-    def _probabilities(self, batch: Batch) -> Float[np.ndarray, "clip class"]:
-        device = torch.device("cpu")
-        tokens = convert(batch, dtype=torch.float32, device=device, buffers=Buffers())
-        stacked = {key: value[None] for key, value in self.weights.items()}
-        logits = self._family().logits(stacked, tokens)[0]
-        probabilities = torch.sigmoid(logits) if self.multi_label else logits.softmax(dim=-1)
-        return probabilities.numpy()
+    def _family(self) -> Probe:
+        shape = replace(self.shape, n_classes=len(self.classes))
+        return build_probe(self.probe, shape, self.options)
 
 
 def _tensor(array: ArrayLike) -> torch.Tensor:
@@ -138,7 +148,7 @@ def save_probe(folder: Path, artefact: ProbeArtefact) -> None:
     write_atomically(
         folder / "probe.safetensors", lambda path: safetensors.torch.save_file(weights, path)
     )
-    fields = {**artefact.__dict__, "classes": list(artefact.classes)}
+    fields = {**artefact.__dict__, "shape": asdict(artefact.shape)}
     del fields["weights"]
     write_json(folder / "probe.json", {"format": FORMAT, **fields})
 
@@ -154,8 +164,15 @@ def load_probe(folder: Path) -> ProbeArtefact:
             "train-probe writes there; train again: patchbank train-probe"
         ) from error
     try:
-        classes = tuple(description.pop("classes"))
-        artefact = ProbeArtefact(**description, classes=classes, weights=weights)
+        artefact = ProbeArtefact(
+            **description
+            | {
+                "classes": tuple(description["classes"]),
+                "layers": tuple(description["layers"]),
+                "shape": _shape(description["shape"]),
+            },
+            weights=weights,
+        )
     except (KeyError, TypeError) as error:
         raise _damaged(folder, error) from error
     _check_weights(folder, artefact)
@@ -187,13 +204,25 @@ def _damaged(folder: Path, error: Exception) -> TrialError:
 
 
 def _check_weights(folder: Path, artefact: ProbeArtefact) -> None:
-    family = artefact._family()
-    expected = {
-        key: tuple(value.shape) for key, value in family.first_weights(torch.Generator()).items()
+    first = artefact._family().first_weights(torch.Generator())
+    expected = {key: _shown(value) for key, value in first.items()}
+    found = {
+        # A probe that remembers has as many clips as it was shown.
+        key: (None, *value.shape[1:]) if expected.get(key, ())[:1] == (None,) else _shown(value)
+        for key, value in artefact.weights.items()
     }
-    found = {key: tuple(value.shape) for key, value in artefact.weights.items()}
     if found != expected:
         raise TrialError(
             f"found arrays {found} in {folder / 'probe.safetensors'}, expected {expected}; the "
             "files are not of one run, train again: patchbank train-probe"
         )
+
+
+def _shown(value: torch.Tensor) -> tuple[int | None, ...]:
+    """Its shape, with None for any number of clips."""
+    return tuple(None if size == 0 else size for size in value.shape)
+
+
+def _shape(fields: Mapping[str, Any]) -> ProbeShape:
+    grid = fields.get("grid")
+    return ProbeShape(**{**fields, "grid": None if grid is None else tuple(grid)})

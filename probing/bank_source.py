@@ -20,7 +20,7 @@ from patchbank.pipeline.bank.reader import Bank
 from patchbank.pipeline.bank.row_files import MOST_OPEN_FILES, RowFiles, reads_directly
 from patchbank.pipeline.bank.schema import POOLED
 from patchbank.pipeline.errors import BankError
-from patchbank.probing.batch import Batch, LayerTokens
+from patchbank.probing.batch import Batch, LayerShape, LayerTokens
 from patchbank.probing.decoding import Dequantiser, QuantisedTokens
 from patchbank.probing.device_ring import N_DEVICE_SLOTS, DeviceRows, copied_ahead
 from patchbank.probing.plan import BatchRows
@@ -84,8 +84,6 @@ class BankSource:
         self.device = torch.empty(0, device=device).device
         self._done = bank.status == 1
         self.n_rows = bank.n_rows
-        first = bank.array(self.layers[-1])
-        self.n_patches, self.dim = first.n_tokens, first.dim
         self._check(bank, arrays, tier)
         wanted = np.flatnonzero(self._done) if rows is None else rows[self._done[rows]]
         tokens = [
@@ -93,9 +91,9 @@ class BankSource:
             for array in bank.schema.arrays()
             if array.layer in self.layers and array.kind in arrays
         ]
-        self.n_prefix = sum(
-            a.n_tokens for a in tokens if a.layer == self.layer and a.kind == "prefix"
-        )
+        self.shapes: Mapping[int, LayerShape] = {
+            layer: _shape_of(bank, layer, arrays) for layer in self.layers
+        }
         places = {(a.layer, a.kind): bank.places(a.layer, a.kind) for a in tokens}
         self._most_open = _most_open(len(tokens))
         self.choice = self._choose(list(places.values()), wanted, tier, reads_once=reads_once)
@@ -262,6 +260,13 @@ class BankSource:
     def __getstate__(self) -> dict[str, Any]:
         # Another process begins with no memory for batches, and opens files for itself.
         return self.__dict__ | {"_rings": [], "_idle": deque()}
+
+
+def _shape_of(bank: Bank, layer: int, arrays: Sequence[str]) -> LayerShape:
+    patches, grid = bank.array(layer), bank.schema.grids[layer]
+    prefix = [a for a in bank.schema.arrays() if (a.layer, a.kind) == (layer, "prefix")]
+    n_prefix = sum(array.n_tokens for array in prefix) if "prefix" in arrays else 0
+    return LayerShape(patches.n_tokens, patches.dim, n_prefix, (grid.time, grid.freq))
 
 
 def _layer_tokens(values: Mapping[str, Tensor], dequantise: Dequantiser | None) -> LayerTokens:

@@ -16,6 +16,8 @@ from patchbank.pipeline.errors import BankError
 from patchbank.probing.plan import BatchRows
 
 Rows = Int[np.ndarray, " clip"]
+Grid = tuple[int, int]
+"""Times and frequencies; patch = t * F + f."""
 NO_LAYER = 0
 """The layer of tokens that come from no bank; a bank's layers count from 1."""
 
@@ -39,6 +41,17 @@ class Quantised(Protocol):
     ) -> None:
         """The floats of `clips`, whose codes `raw` holds, into `out` in its type."""
         ...
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What a row of one layer is."""
+
+    n_patches: int
+    dim: int
+    n_prefix: int = 0
+    grid: Grid | None = None
+    """None where nobody knows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,10 +173,8 @@ class TokenSource(Protocol):
     """Something that hands out the tokens of rows, in the order it is asked."""
 
     n_rows: int
-    n_patches: int
-    """Patches in a row."""
-    dim: int
-    n_prefix: int
+    shapes: Mapping[int, LayerShape]
+    """What a row of each layer is; the last one stands for all where one is asked for."""
 
     def read(self, batches: Iterable[BatchRows]) -> Iterator[Batch]:
         """One `Batch` for each array of rows, in order."""
@@ -171,24 +182,36 @@ class TokenSource(Protocol):
 
 
 class ArraySource:
-    """Tokens that already lie in memory."""
+    """Tokens that already lie in memory: of one layer that has no name, or of several."""
 
     def __init__(
         self,
-        patches: Float[Tensor, "clip patch dim"],
+        patches: Float[Tensor, "clip patch dim"] | Mapping[int, LayerTokens],
         prefix: Float[Tensor, "clip prefix dim"] | None = None,
         n_patches: Int[Tensor, " clip"] | None = None,
+        *,
+        grid: Grid | None = None,
     ) -> None:
-        self.n_rows, self.n_patches, self.dim = patches.shape
-        self.n_prefix = 0 if prefix is None else prefix.shape[1]
-        self._patches, self._prefix, self._counts = patches, prefix, n_patches
+        if isinstance(patches, Tensor):
+            patches = {NO_LAYER: LayerTokens(patches, prefix, n_patches)}
+        self._layers = patches
+        self.shapes: Mapping[int, LayerShape] = {
+            layer: LayerShape(
+                *one.shape[1:], 0 if one.prefix is None else one.prefix.shape[1], grid
+            )
+            for layer, one in patches.items()
+        }
+        self.n_rows = next(iter(patches.values())).shape[0]
 
     def read(self, batches: Iterable[BatchRows]) -> Iterator[Batch]:
         for rows in batches:
             index = torch.from_numpy(np.asarray(rows, dtype=np.int64))
-            yield Batch.of(
-                rows,
-                self._patches[index],
-                None if self._prefix is None else self._prefix[index],
-                None if self._counts is None else self._counts[index],
-            )
+            yield Batch(rows, {layer: _taken(one, index) for layer, one in self._layers.items()})
+
+
+def _taken(layer: LayerTokens, index: Int[Tensor, " _"]) -> LayerTokens:
+    return LayerTokens(
+        layer.patches[index],
+        None if layer.prefix is None else layer.prefix[index],
+        None if layer.n_patches is None else layer.n_patches[index],
+    )

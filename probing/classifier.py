@@ -16,16 +16,20 @@ from sklearn.utils.validation import check_is_fitted
 
 from patchbank.pipeline.errors import TrialError
 from patchbank.probing.artefact import ProbeArtefact
-from patchbank.probing.batch import Batch, TokenSource
+from patchbank.probing.batch import NO_LAYER, Batch, LayerShape, TokenSource
 from patchbank.probing.losses import LossName
 from patchbank.probing.metrics import left_out, primary_metric, score
-from patchbank.probing.passes import choose_loss, fit_stacks, predict_logits
+from patchbank.probing.passes import Course, choose_loss, fit, predict_logits
 from patchbank.probing.plan import BatchRows, Rows, sequential
 from patchbank.probing.probes import build_probe
 from patchbank.probing.probes.base import Probe, ProbeShape
 from patchbank.probing.protocol import Candidate, choose
 from patchbank.probing.settings import TrainSettings
-from patchbank.probing.trials import Trial, TrialStack
+from patchbank.probing.study import stack_of
+from patchbank.probing.trials import Trial
+
+VECTOR_PROBES = ("knn", "linear", "mlp")
+"""Those that need no more of a clip than one vector."""
 
 
 class ProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -73,17 +77,18 @@ class ProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if len(targets) != source.n_rows:
             raise TrialError(f"found {source.n_rows} clips in x, {len(targets)} in y")
         seed = int(check_random_state(self.random_state).randint(2**31))
-        shape = ProbeShape(source.dim, targets.shape[1])
+        [tokens] = source.shapes.values()
+        shape = ProbeShape(tokens.dim, targets.shape[1])
         family = build_probe(self.probe, shape, self.options)
         is_multi_label = np.ndim(y) == 2
         settings = self._settings(seed, is_multi_label=is_multi_label)
         fit = _Fit(self.probe, family, source, targets, is_multi_label, settings)
         rate = self.learning_rate or fit.search(self.valid_fraction)
-        weights = fit.stack([rate], np.arange(source.n_rows)).weights_of(0)
-        self.classes_, self.learning_rate_, self.n_features_in_ = classes, rate, source.dim
+        weights = fit.course([rate], np.arange(source.n_rows)).stack.weights_of(0)
+        self.classes_, self.learning_rate_, self.n_features_in_ = classes, rate, tokens.dim
         names = tuple(map(str, classes))
         self._artefact = ProbeArtefact(
-            self.probe, family.options, names, is_multi_label, source.dim, 0, weights
+            self.probe, family.options, names, is_multi_label, shape, weights
         )
         return self
 
@@ -107,7 +112,7 @@ class ProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return TrainSettings(
             n_epochs=self.n_epochs,
             batch_size=self.batch_size,
-            weight_decay=self.weight_decay,
+            weight_decays={self.probe: (self.weight_decay,)},
             loss=self.loss or ("bce" if is_multi_label else "cross-entropy"),
             order_seed=seed,
             device=self.device,
@@ -125,37 +130,39 @@ class _Fit:
     is_multi_label: bool
     settings: TrainSettings
 
-    def stack(self, rates: Sequence[float], rows: Rows) -> TrialStack:
+    def course(self, rates: Sequence[float], rows: Rows) -> Course:
         """One trial a learning rate, trained on `rows`."""
         settings = self.settings
-        trials = [Trial(rate, settings.weight_decay, settings.order_seed) for rate in rates]
-        stack = TrialStack(
-            self.name,
-            self.family,
-            trials,
-            dtype=settings.torch_dtype,
-            device=settings.torch_device,
+        [decay] = settings.weight_decays[self.name]
+        trials = [Trial(rate, decay, settings.order_seed) for rate in rates]
+        course = Course(
+            stack_of(self.name, self.family, trials, settings),
+            self.targets,
+            rows,
+            choose_loss(settings, multi_label=self.is_multi_label),
         )
-        loss = choose_loss(settings, multi_label=self.is_multi_label)
-        fit_stacks([stack], self.source, self.targets, rows, loss=loss, settings=settings)
-        return stack
+        fit([course], self.source, settings=settings)
+        return course
 
     def search(self, valid_fraction: float) -> float:
         """The learning rate that does best on held-out clips; the middle one without such."""
-        rates = self.settings.candidates(self.name, self.family.learning_rates)
+        points = self.settings.candidates(self.name, self.family.learning_rates)
+        rates = [point.learning_rate for point in points]
         order = np.random.default_rng(self.settings.order_seed).permutation(self.source.n_rows)
         n_valid = int(len(order) * valid_fraction)
         valid, rows = order[:n_valid], order[n_valid:]
         metric = primary_metric(multi_label=self.is_multi_label)
-        if not n_valid or len(left_out(metric, self.targets[valid])) == self.targets.shape[1]:
+        n_judged = self.targets.shape[1] - len(left_out(metric, self.targets[valid]))
+        if not (self.family.learns and n_valid and n_judged):
             return rates[len(rates) // 2]
-        stack = self.stack(rates, rows)
-        [logits] = predict_logits([stack], self.source, valid, settings=self.settings)
+        course = self.course(rates, rows)
+        [logits] = predict_logits([course], self.source, [valid], settings=self.settings)
         values = [
             score(metric, self.targets[valid], one) if np.isfinite(one).all() else -math.inf
             for one in logits
         ]
-        return choose(self.name, list(map(Candidate, rates, values)))
+        tried = [Candidate(*point, value) for point, value in zip(points, values, strict=True)]
+        return choose(self.name, tried).learning_rate
 
 
 class _ArrayRows:
@@ -164,23 +171,22 @@ class _ArrayRows:
     Only the rows of a batch are ever copied, so x may be a memory map.
     """
 
-    n_prefix = 0
-
     def __init__(self, x: Any, *, probe: str) -> None:
         self._x = x if hasattr(x, "shape") else np.asarray(x)
         shape = tuple(self._x.shape)
-        if len(shape) == 2 and probe == "linear":
+        if len(shape) == 2 and probe in VECTOR_PROBES:
             shape = (shape[0], 1, shape[1])
         if len(shape) != 3:
-            also = " or (clip, dim)" if probe == "linear" else ""
+            also = " or (clip, dim)" if probe in VECTOR_PROBES else ""
             raise TrialError(f"found x of shape {shape}, expected (clip, patch, dim){also}")
-        self.n_rows, self.n_patches, self.dim = shape
+        self.n_rows, self._row = shape[0], shape[1:]
+        self.shapes: Mapping[int, LayerShape] = {NO_LAYER: LayerShape(*self._row)}
 
     def read(self, batches: Iterable[BatchRows]) -> Iterator[Batch]:
         for rows in batches:
             taken = self._x[rows]
             patches = taken if isinstance(taken, torch.Tensor) else torch.from_numpy(taken)
-            yield Batch.of(rows, patches.reshape(len(rows), self.n_patches, self.dim))
+            yield Batch.of(rows, patches.reshape(len(rows), *self._row))
 
 
 def _encode(y: Any) -> tuple[np.ndarray, Float[np.ndarray, "clip class"]]:

@@ -25,7 +25,7 @@ from patchbank.pipeline.errors import ManifestError, Problem
 from patchbank.probing.splits import is_clean
 from patchbank.probing.tables import TextTable, read_table, require_columns
 
-Task = Literal["auto", "multilabel", "multiclass"]
+TaskKind = Literal["auto", "multilabel", "multiclass"]
 RESERVED = "clip_id"
 """No class may have this name: tables of predictions have a column a class beside it."""
 
@@ -64,7 +64,7 @@ def read_labels(
     clips: pa.Table,
     *,
     classes: Sequence[str] | None = None,
-    task: Task = "auto",
+    task: TaskKind = "auto",
     allow_unlabelled: bool = False,
     only_clean: bool = False,
 ) -> LabelSet:
@@ -238,7 +238,7 @@ def _unknown(cell: str, key: str, rows_of: Mapping[str, list[int]]) -> str:
 
 
 def _finish(
-    join: _Join, taken: Bool[np.ndarray, " clip"], *, task: Task, allow_unlabelled: bool
+    join: _Join, taken: Bool[np.ndarray, " clip"], *, task: TaskKind, allow_unlabelled: bool
 ) -> LabelSet:
     present = (join.clips.column("status").to_numpy() == 1) & taken
     known = (join.line > 0) & taken

@@ -60,7 +60,7 @@ def measure_change(
             )
 
     before = train(reference, settings)
-    after = train(bank, settings if folds else replace(settings, learning_rates=_rates(before)))
+    after = train(bank, settings if folds else _as_chosen(settings, before))
     metric = before["primary_metric"]
     changes = {
         name: _change(_score(before, name, metric), _score(after, name, metric)) for name in probes
@@ -75,7 +75,7 @@ def measure_change(
         "labels": labels.name,
         "labels_sha256": hashlib.sha256(labels.read_bytes()).hexdigest(),
         "metric": metric,
-        "layer": before["layer"],
+        "layer": layer,
         "n_seeds": settings.n_seeds,
         "std_over": before["std_over"],
         "probes": changes,
@@ -99,10 +99,14 @@ def _column(bank: Bank, name: str) -> list[Any]:
     return [value for value in bank.clips[name].to_pylist() if value is not None]
 
 
-def _rates(results: Facts) -> dict[str, tuple[float, ...]]:
-    return {
-        name: (probe["search"][0]["learning_rate"],) for name, probe in results["probes"].items()
-    }
+def _as_chosen(settings: TrainSettings, results: Facts) -> TrainSettings:
+    """`settings` with what the search chose for each probe as the only one to try."""
+    found = {name: probe["search"][0] for name, probe in results["probes"].items()}
+    return replace(
+        settings,
+        learning_rates={name: (search["learning_rate"],) for name, search in found.items()},
+        weight_decays={name: (search["weight_decay"],) for name, search in found.items()},
+    )
 
 
 def _score(results: Facts, probe: str, metric: str) -> Facts:

@@ -1,22 +1,22 @@
-"""Passes over a bank: one read of the tokens feeds every trial of every family."""
+"""Passes over a bank: one read of the tokens feeds every trial of every probe."""
 
 from __future__ import annotations
 
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Bool, Float
 
-from patchbank.probing.batch import TokenSource
+from patchbank.probing.batch import Batch, TokenSource
 from patchbank.probing.losses import LOSSES, Loss, asymmetric
+from patchbank.probing.memory import MemoryStack
 from patchbank.probing.optimiser import cosine_factor
-from patchbank.probing.plan import Rows, batches, sequential
-from patchbank.probing.probes.tokens import Buffers, convert
+from patchbank.probing.plan import BatchRows, Rows, batches, sequential
+from patchbank.probing.probes.tokens import Buffers, Tokens, convert
 from patchbank.probing.settings import TrainSettings
 from patchbank.probing.trials import TrialStack
 
@@ -37,6 +37,22 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
+@dataclass(frozen=True, eq=False)
+class Course:
+    """What one stack is to learn: from which layers, which targets, on which rows."""
+
+    stack: TrialStack | MemoryStack
+    targets: Float[np.ndarray, "clip class"]
+    """Of all rows of the source."""
+    rows: Rows
+    """Those that train it."""
+    loss: Loss
+    layers: tuple[int, ...] = ()
+    """The source's last where none is named."""
+    name: str = ""
+    """In the progress, the stack's where it is empty."""
+
+
 def choose_loss(settings: TrainSettings, *, multi_label: bool) -> Loss:
     """The loss that the settings name, with its constants."""
     name = settings.loss
@@ -52,53 +68,135 @@ def choose_loss(settings: TrainSettings, *, multi_label: bool) -> Loss:
     )
 
 
-def fit_stacks(
-    stacks: Sequence[TrialStack],
+def fit(
+    courses: Sequence[Course],
     source: TokenSource,
-    targets: Float[np.ndarray, "clip class"],
-    rows: Rows,
     *,
-    loss: Loss,
     settings: TrainSettings,
     stage: str = "train",
     progress: OnProgress | None = None,
 ) -> None:
-    """Trains all stacks on `rows`, reading them once an epoch in an order all trials share."""
-    truth = torch.from_numpy(targets).to(settings.torch_device, settings.torch_dtype)
+    """Trains all stacks, reading the rows of all courses once an epoch, in an order they share.
+
+    A course whose rows are fewer than the others' learns from its part of each batch, so that its
+    batches are smaller than alone. Stacks that only remember see the first epoch.
+    """
+    rows = union([course.rows for course in courses])
+    pupils = [_Pupil(course, rows, source, settings) for course in courses]
+    n_epochs = settings.n_epochs if any(one.learns for one in pupils) else 1
     n_batches = -(-len(rows) // settings.batch_size)
-    n_steps, step, buffers = n_batches * settings.n_epochs, 0, Buffers()
-    for epoch in range(settings.n_epochs):
+    step, buffers = 0, Buffers()
+    for epoch in range(n_epochs):
         plan = batches(rows, batch_size=settings.batch_size, seed=settings.order_seed, epoch=epoch)
-        totals = [torch.zeros(len(stack.trials), device=truth.device) for stack in stacks]
         for batch in source.read(plan):
-            tokens = convert(batch, dtype=truth.dtype, device=truth.device, buffers=buffers)
-            wanted = truth[torch.from_numpy(np.asarray(batch.rows, dtype=np.int64))]
-            factor = cosine_factor(step, n_steps=n_steps, n_warmup_steps=settings.n_warmup_steps)
-            for stack, total in zip(stacks, totals, strict=True):
-                total += stack.step(tokens, wanted, loss, factor=factor)
+            factor = cosine_factor(
+                step, n_steps=n_batches * n_epochs, n_warmup_steps=settings.n_warmup_steps
+            )
+            tokens = BatchTokens(batch, settings, buffers)
+            for pupil in pupils:
+                if pupil.learns or epoch == 0:
+                    pupil.step(batch, tokens, factor=factor)
             step += 1
+        losses = {one.name: one.lowest_loss() for one in pupils if one.learns}
         if progress is not None:
-            losses = _lowest(stacks, totals, n_batches)
-            progress(Progress(stage, epoch + 1, settings.n_epochs, losses))
+            progress(Progress(stage, epoch + 1, n_epochs, losses))
 
 
-def _lowest(
-    stacks: Sequence[TrialStack], totals: Sequence[Tensor], n_batches: int
-) -> dict[str, float]:
-    return {
-        stack.name: float(total.nan_to_num(nan=math.inf).min()) / n_batches
-        for stack, total in zip(stacks, totals, strict=True)
-    }
+@dataclass
+class BatchTokens:
+    """The tokens of one batch in the training type, each choice of layers made once."""
+
+    batch: Batch
+    settings: TrainSettings
+    buffers: Buffers
+    _made: dict[tuple[int, ...], Tokens] = field(default_factory=dict)
+
+    def of(self, layers: tuple[int, ...]) -> Tokens:
+        """Those of one layer, or of several for a probe that mixes them."""
+        if layers not in self._made:
+            self._made[layers] = convert(
+                self.batch,
+                dtype=self.settings.torch_dtype,
+                device=self.settings.torch_device,
+                buffers=self.buffers,
+                layer=layers[-1],
+                others=[self.of((layer,)) for layer in layers[:-1]],
+            )
+        return self._made[layers]
+
+
+class _Pupil:
+    """A course under way."""
+
+    def __init__(
+        self, course: Course, rows: Rows, source: TokenSource, settings: TrainSettings
+    ) -> None:
+        self._course, self._device = course, settings.torch_device
+        self.name = course.name or course.stack.name
+        self.learns = course.stack.probe.learns
+        self._layers = course.layers or last_layer(source)
+        self._targets = torch.from_numpy(course.targets).to(self._device, settings.torch_dtype)
+        self._takes_part: Bool[np.ndarray, " clip"] | None = None
+        if len(course.rows) < len(rows):
+            self._takes_part = np.zeros(source.n_rows, dtype=bool)
+            self._takes_part[course.rows] = True
+        self._total, self._n_steps = torch.zeros(len(course.stack.trials), device=self._device), 0
+
+    def step(self, batch: Batch, tokens: BatchTokens, *, factor: float) -> None:
+        """Learns from the rows of a batch that are of its course."""
+        rows, seen = np.asarray(batch.rows, dtype=np.int64), tokens.of(self._layers)
+        if self._takes_part is not None:
+            places = np.flatnonzero(self._takes_part[rows])
+            if not len(places):
+                return
+            rows, seen = rows[places], seen.take(torch.from_numpy(places).to(self._device))
+        wanted = self._targets[torch.from_numpy(rows)]
+        self._total += self._course.stack.step(seen, wanted, self._course.loss, factor=factor)
+        self._n_steps += 1
+
+    def lowest_loss(self) -> float:
+        """The lowest mean loss of a trial since it was asked last."""
+        found = float(self._total.nan_to_num(nan=math.inf).min()) / max(1, self._n_steps)
+        self._total.zero_()
+        self._n_steps = 0
+        return found
+
+
+def last_layer(source: TokenSource) -> tuple[int, ...]:
+    """The last layer that a source has, as a choice of layers."""
+    return (max(source.shapes),)
+
+
+def union(parts: Sequence[BatchRows]) -> BatchRows:
+    """All rows of `parts`; in their order where all are the same, else ascending."""
+    if all(len(part) == len(parts[0]) and (part == parts[0]).all() for part in parts):
+        return parts[0]
+    return np.unique(np.concatenate(list(parts)))
 
 
 def predict_logits(
-    stacks: Sequence[TrialStack], source: TokenSource, rows: Rows, *, settings: TrainSettings
-) -> list[Float[np.ndarray, "trial clip class"]]:
-    """Logits of every stack for `rows`, in their order, from one read."""
-    device, dtype, buffers = settings.torch_device, settings.torch_dtype, Buffers()
-    parts: list[list[np.ndarray]] = [[] for _ in stacks]
-    for batch in source.read(sequential(rows, batch_size=settings.batch_size)):
-        tokens = convert(batch, dtype=dtype, device=device, buffers=buffers)
-        for stack, part in zip(stacks, parts, strict=True):
-            part.append(stack.logits(tokens).to("cpu", torch.float32).numpy())
-    return [np.concatenate(part, axis=1) for part in parts]
+    courses: Sequence[Course],
+    source: TokenSource,
+    rows: Sequence[BatchRows],
+    *,
+    settings: TrainSettings,
+) -> list[Float[np.ndarray, "trial _ class"]]:
+    """Logits of every course's stack for its `rows`, in their order, from one read of all."""
+    together, buffers = union(rows), Buffers()
+    layers = [course.layers or last_layer(source) for course in courses]
+    parts: list[list[np.ndarray]] = [[] for _ in courses]
+    for batch in source.read(sequential(together, batch_size=settings.batch_size)):
+        tokens = BatchTokens(batch, settings, buffers)
+        for course, chosen, part in zip(courses, layers, parts, strict=True):
+            logits = course.stack.logits(tokens.of(chosen))
+            part.append(logits.to("cpu", torch.float32).numpy())
+    joined = [np.concatenate(part, axis=1) for part in parts]
+    return [
+        logits if wanted is together else logits[:, np.searchsorted(together, wanted)]
+        for logits, wanted in zip(joined, _same_object(rows, together), strict=True)
+    ]
+
+
+def _same_object(rows: Sequence[BatchRows], together: BatchRows) -> list[BatchRows]:
+    """`together` in place of rows that equal it."""
+    return [together if np.array_equal(one, together) else one for one in rows]

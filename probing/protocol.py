@@ -1,8 +1,8 @@
 """The protocol behind every reported number.
 
-(a) Search: all learning rates of all probe families at seed 0, trained in one pass an epoch; the
-best on validation data is chosen. (b) Final: the chosen rate with several seeds, again in one
-pass. The test split is read once, after everything else.
+(a) Search: all settings of all probes at seed 0, trained in one pass an epoch; the best on
+validation data is chosen. (b) Final: the chosen setting with several seeds, again in one pass. The
+test split is read once, after everything else. Several label sets share all of it.
 """
 
 from __future__ import annotations
@@ -17,32 +17,34 @@ from jaxtyping import Float
 
 from patchbank.pipeline.errors import TrialError
 from patchbank.probing.batch import TokenSource
+from patchbank.probing.entries import Entry
 from patchbank.probing.metrics import left_out, primary_metric, score
-from patchbank.probing.passes import OnProgress, choose_loss, fit_stacks, predict_logits
+from patchbank.probing.passes import Course, OnProgress, fit, predict_logits
 from patchbank.probing.plan import Rows
-from patchbank.probing.probes import build_probe
-from patchbank.probing.probes.base import Probe, ProbeShape, Weights
-from patchbank.probing.settings import TrainSettings
+from patchbank.probing.probes.base import Probe, Weights
+from patchbank.probing.settings import Point, TrainSettings
 from patchbank.probing.splits import Split
-from patchbank.probing.trials import Trial, TrialStack
+from patchbank.probing.study import Study, Task, course_of, study_of
+from patchbank.probing.trials import Trial
 
 Scores = Float[np.ndarray, "seed clip class"]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One learning rate of the search."""
+    """One setting of the search."""
 
     learning_rate: float
+    weight_decay: float
     score: float | None
     """Primary metric on validation data: -inf if it diverged, None if there was no choice."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One probe family, trained and applied to one split."""
+    """One probe, trained and applied to one split."""
 
-    name: str
+    entry: Entry
     probe: Probe
     candidates: tuple[Candidate, ...]
     trials: tuple[Trial, ...]
@@ -56,6 +58,10 @@ class Outcome:
     """Primary metric on validation data, one a seed."""
 
     @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @property
     def best_seed(self) -> int:
         """Position of the seed that validation data prefer."""
         return int(np.argmax(self.valid_values))
@@ -66,9 +72,6 @@ class _Job:
     """What every step of the protocol needs."""
 
     source: TokenSource
-    targets: Float[np.ndarray, "clip class"]
-    split: Split
-    multi_label: bool
     settings: TrainSettings
     progress: OnProgress | None
 
@@ -78,7 +81,7 @@ def train(
     targets: Float[np.ndarray, "clip class"],
     split: Split,
     *,
-    probes: Sequence[str],
+    probes: Sequence[str | Entry],
     multi_label: bool,
     settings: TrainSettings | None = None,
     progress: OnProgress | None = None,
@@ -88,160 +91,181 @@ def train(
     Selection sees validation rows only. The result is decided by its arguments, device and
     number of threads; which other probes are trained beside one changes only rounding.
     """
-    settings = settings or TrainSettings()
-    targets = np.ascontiguousarray(targets, dtype=np.float32)
-    job = _Job(source, targets, split, multi_label, settings, progress)
-    _check(job)
-    families = _families(job, probes)
-    return _final(job, families, _search(job, families))
+    task = Task(targets, split, multi_label)
+    [outcomes] = train_tasks(source, [task], probes=probes, settings=settings, progress=progress)
+    return outcomes
 
 
-def _check(job: _Job) -> None:
-    metric = primary_metric(multi_label=job.multi_label)
-    for name, rows in (("valid", job.split.valid), ("test", job.split.test)):
-        if len(left_out(metric, job.targets[rows])) == job.targets.shape[1]:
+def train_tasks(
+    source: TokenSource,
+    tasks: Sequence[Task],
+    *,
+    probes: Sequence[str | Entry],
+    settings: TrainSettings | None = None,
+    progress: OnProgress | None = None,
+) -> list[tuple[Outcome, ...]]:
+    """`train` for several label sets from the same batches; their outcomes, in order.
+
+    Where they do not train on the same rows, each learns from its part of every batch.
+    """
+    job = _Job(source, settings or TrainSettings(), progress)
+    tasks = [
+        Task(
+            np.ascontiguousarray(task.targets, np.float32), task.split, task.multi_label, task.name
+        )
+        for task in tasks
+    ]
+    for task in tasks:
+        _check(task)
+    entries = _checked_entries(job, probes)
+    studies = [study_of(source, task, entry) for task in tasks for entry in entries]
+    outcomes = iter(_final(job, studies, _search(job, studies)))
+    return [tuple(next(outcomes) for _ in entries) for _ in tasks]
+
+
+def _check(task: Task) -> None:
+    metric = primary_metric(multi_label=task.multi_label)
+    for name, rows in (("valid", task.split.valid), ("test", task.split.test)):
+        if len(left_out(metric, task.targets[rows])) == task.targets.shape[1]:
             raise TrialError(
-                f"found no label on any of the {len(rows)} {name} clips of {job.split.name}, "
+                f"found no label on any of the {len(rows)} {name} clips of {task.split.name}, "
                 f"expected positives to compute {metric}; pass another --splits or --labels"
             )
 
 
-def _families(job: _Job, names: Sequence[str]) -> dict[str, Probe]:
-    if not names:
+def _checked_entries(job: _Job, probes: Sequence[str | Entry]) -> list[Entry]:
+    if not probes:
         raise TrialError("found no probe to train, expected at least one; pass --probe protobin")
-    unused = sorted({*job.settings.options, *job.settings.learning_rates} - set(names))
+    entries = [Entry.of(probe) for probe in probes]
+    names = [entry.name for entry in entries]
+    unused = sorted({*job.settings.learning_rates, *job.settings.weight_decays} - set(names))
     if unused:
         raise TrialError(
             f"found settings for {', '.join(unused)}, expected only probes that are trained: "
             f"{', '.join(names)}"
         )
-    shape = ProbeShape(job.source.dim, job.targets.shape[1], job.source.n_prefix)
-    return {name: build_probe(name, shape, job.settings.options.get(name)) for name in names}
+    return entries
 
 
-def _stack(
-    job: _Job, name: str, probe: Probe, *, rates: Sequence[float], seeds: Sequence[int]
-) -> TrialStack:
-    """One trial for each pair of learning rate and seed."""
-    settings = job.settings
-    trials = [
-        Trial(rate, settings.weight_decay, seed) for rate, seed in zip(rates, seeds, strict=True)
-    ]
-    return TrialStack(name, probe, trials, dtype=settings.torch_dtype, device=settings.torch_device)
-
-
-def _fit(job: _Job, stacks: Sequence[TrialStack], stage: str) -> None:
-    prefix = "" if job.split.name == "split" else f"{job.split.name} "
-    fit_stacks(
-        stacks,
+def _fit(job: _Job, studies: Sequence[Study], courses: Sequence[Course], stage: str) -> None:
+    split = studies[0].task.split.name
+    fit(
+        courses,
         job.source,
-        job.targets,
-        job.split.train,
-        loss=choose_loss(job.settings, multi_label=job.multi_label),
         settings=job.settings,
-        stage=prefix + stage,
+        stage=stage if split == "split" else f"{split} {stage}",
         progress=job.progress,
     )
 
 
-def _search(job: _Job, families: dict[str, Probe]) -> dict[str, tuple[Candidate, ...]]:
-    """Validation scores of every learning rate, from one run of all families that have several."""
-    candidates: dict[str, tuple[Candidate, ...]] = {}
-    stacks = []
-    for name, probe in families.items():
-        rates = job.settings.candidates(name, probe.learning_rates)
-        candidates[name] = tuple(Candidate(rate, None) for rate in rates)
-        if len(rates) > 1:
-            stacks.append(_stack(job, name, probe, rates=rates, seeds=[0] * len(rates)))
-    if not stacks:
+def _search(job: _Job, studies: Sequence[Study]) -> list[tuple[Candidate, ...]]:
+    """Validation scores of every setting, from one run of all probes that have several."""
+    points = [
+        job.settings.candidates(study.entry.name, study.probe.learning_rates)
+        if study.probe.learns
+        else (Point(0.0, 0.0),)
+        for study in studies
+    ]
+    candidates = [tuple(Candidate(*point, None) for point in one) for one in points]
+    searched = [index for index, one in enumerate(points) if len(one) > 1]
+    if not searched:
         return candidates
-    _fit(job, stacks, "search")
-    values = _validate(job, stacks)[1]
-    for stack, judged in zip(stacks, values, strict=True):
-        candidates[stack.name] = tuple(
-            Candidate(trial.learning_rate, value)
-            for trial, value in zip(stack.trials, judged, strict=True)
+    chosen = [studies[index] for index in searched]
+    courses = [
+        course_of(
+            studies[index], job.settings, points=points[index], seeds=[0] * len(points[index])
+        )
+        for index in searched
+    ]
+    _fit(job, chosen, courses, "search")
+    for index, values in zip(searched, _validate(job, chosen, courses)[1], strict=True):
+        candidates[index] = tuple(
+            Candidate(*point, value) for point, value in zip(points[index], values, strict=True)
         )
     return candidates
 
 
 def _validate(
-    job: _Job, stacks: Sequence[TrialStack]
+    job: _Job, studies: Sequence[Study], courses: Sequence[Course]
 ) -> tuple[list[Scores], list[tuple[float, ...]]]:
-    """Validation scores of every stack, and each trial's primary metric (-inf if it diverged)."""
-    scores = _scores(job, stacks, job.split.valid)
-    metric = primary_metric(multi_label=job.multi_label)
-    truth = job.targets[job.split.valid]
-    values = [
-        tuple(
-            score(metric, truth, one) if finite and np.isfinite(one).all() else -math.inf
-            for one, finite in zip(scored, stack.is_finite.tolist(), strict=True)
-        )
-        for stack, scored in zip(stacks, scores, strict=True)
+    """Validation scores of every course, and each trial's primary metric (-inf if it diverged)."""
+    scores = _scores(job, studies, courses, [study.task.split.valid for study in studies])
+    return scores, [
+        _values(study.task, course, scored)
+        for study, course, scored in zip(studies, courses, scores, strict=True)
     ]
-    return scores, values
 
 
-def _scores(job: _Job, stacks: Sequence[TrialStack], rows: Rows) -> list[Scores]:
-    logits = predict_logits(stacks, job.source, rows, settings=job.settings)
-    if job.multi_label:
-        return logits
+def _values(task: Task, course: Course, scores: Scores) -> tuple[float, ...]:
+    metric = primary_metric(multi_label=task.multi_label)
+    truth = task.targets[task.split.valid]
+    return tuple(
+        score(metric, truth, one) if finite and np.isfinite(one).all() else -math.inf
+        for one, finite in zip(scores, course.stack.is_finite.tolist(), strict=True)
+    )
+
+
+def _scores(
+    job: _Job, studies: Sequence[Study], courses: Sequence[Course], rows: Sequence[Rows]
+) -> list[Scores]:
+    logits = predict_logits(courses, job.source, rows, settings=job.settings)
     # Logits of different clips have no common zero; log-probabilities do, and never tie like
     # probabilities that round to one.
-    return [torch.log_softmax(torch.from_numpy(one), dim=-1).numpy() for one in logits]
+    return [
+        one if study.task.multi_label else torch.log_softmax(torch.from_numpy(one), dim=-1).numpy()
+        for one, study in zip(logits, studies, strict=True)
+    ]
 
 
-def choose(name: str, candidates: Sequence[Candidate]) -> float:
-    """The learning rate with the best validation score, the lowest of equals."""
-    if len(candidates) == 1:
-        return candidates[0].learning_rate
-    best = max(candidates, key=lambda candidate: candidate.score or 0.0)
+def choose(name: str, candidates: Sequence[Candidate]) -> Point:
+    """The setting with the best validation score, the first of equals: the lowest rate."""
+    best = candidates[0]
+    if len(candidates) > 1:
+        best = max(candidates, key=lambda candidate: candidate.score or 0.0)
     if best.score == -math.inf:
         tried = ", ".join(f"{candidate.learning_rate:g}" for candidate in candidates)
         raise TrialError(
             f"every learning rate of probe {name!r} diverged (tried {tried}), expected one to "
             "train; pass lower learning rates, or look for bad tokens: patchbank bank verify"
         )
-    return best.learning_rate
+    return Point(best.learning_rate, best.weight_decay)
 
 
 def _final(
-    job: _Job, families: dict[str, Probe], candidates: dict[str, tuple[Candidate, ...]]
-) -> tuple[Outcome, ...]:
+    job: _Job, studies: Sequence[Study], candidates: Sequence[tuple[Candidate, ...]]
+) -> list[Outcome]:
     seeds = list(range(job.settings.n_seeds))
-    stacks = []
-    for name, probe in families.items():
-        rate = choose(name, candidates[name])
-        stacks.append(_stack(job, name, probe, rates=[rate] * len(seeds), seeds=seeds))
-    _fit(job, stacks, "final")
-    valid, values = _validate(job, stacks)
-    for stack, judged in zip(stacks, values, strict=True):
-        _check_converged(stack, judged)
-    test = _scores(job, stacks, job.split.test)
-    return tuple(
+    courses = [
+        course_of(study, job.settings, points=[choose(study.name, tried)] * len(seeds), seeds=seeds)
+        for study, tried in zip(studies, candidates, strict=True)
+    ]
+    _fit(job, studies, courses, "final")
+    valid, values = _validate(job, studies, courses)
+    for study, course, judged in zip(studies, courses, values, strict=True):
+        _check_converged(study.name, course.stack.trials, judged)
+    test = _scores(job, studies, courses, [study.task.split.test for study in studies])
+    return [
         Outcome(
-            stack.name,
-            stack.probe,
-            candidates[stack.name],
-            stack.trials,
-            tuple(stack.weights_of(index) for index in range(len(seeds))),
+            study.entry,
+            study.probe,
+            tried,
+            course.stack.trials,
+            tuple(course.stack.weights_of(index) for index in range(len(seeds))),
             valid_scores,
             test_scores,
             judged,
         )
-        for stack, valid_scores, test_scores, judged in zip(
-            stacks, valid, test, values, strict=True
+        for study, course, tried, valid_scores, test_scores, judged in zip(
+            studies, courses, candidates, valid, test, values, strict=True
         )
-    )
-
-
-def _check_converged(stack: TrialStack, values: Sequence[float]) -> None:
-    diverged = [
-        trial for trial, value in zip(stack.trials, values, strict=True) if value == -math.inf
     ]
+
+
+def _check_converged(name: str, trials: Sequence[Trial], values: Sequence[float]) -> None:
+    diverged = [trial for trial, value in zip(trials, values, strict=True) if value == -math.inf]
     if diverged:
         seeds = ", ".join(str(trial.seed) for trial in diverged)
         raise TrialError(
-            f"probe {stack.name!r} diverged at learning rate {diverged[0].learning_rate:g} with "
+            f"probe {name!r} diverged at learning rate {diverged[0].learning_rate:g} with "
             f"seed {seeds}, expected finite losses; pass lower learning rates"
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from patchbank.probing.batch import ArraySource, TokenSource
+from patchbank.probing.batch import ArraySource, LayerTokens, TokenSource
 
 ENCODER = {"name": "needle", "weights_sha256": "0" * 64, "config": {"depth": 2}}
 
@@ -65,5 +65,5 @@ class NeedleBank:
     recipe_id: str = "d" * 64
     layers: tuple[int, ...] = (1, 2)
 
-    def source(self, layer: int) -> TokenSource:
-        return ArraySource(self.tokens, self.prefix)
+    def source(self, layers: Sequence[int]) -> TokenSource:
+        return ArraySource({layer: LayerTokens(self.tokens, self.prefix) for layer in layers})

@@ -24,10 +24,9 @@ def artefact(name: str = "protobin", *, multi_label: bool = True) -> ProbeArtefa
         options=probe.options,
         classes=("cat", "dog", "owl"),
         multi_label=multi_label,
-        dim=24,
-        n_prefix=1,
+        shape=probe.shape,
         weights=probe.first_weights(torch.Generator().manual_seed(0)),
-        layer=12,
+        layers=(12,),
         encoder_id="e" * 64,
         encoder=ENCODER,
         window={"window_s": 10.0},
@@ -159,8 +158,8 @@ def test_arrays_of_another_run_are_refused(tmp_path: Path) -> None:
 
 def test_a_newer_format_asks_for_an_update(tmp_path: Path) -> None:
     save_probe(tmp_path, artefact())
-    (tmp_path / "probe.json").write_text('{"format": 2}')
-    with pytest.raises(TrialError, match=r"found format 2 in .*, expected 1; update patchbank"):
+    (tmp_path / "probe.json").write_text('{"format": 3}')
+    with pytest.raises(TrialError, match=r"found format 3 in .*, expected 2; update patchbank"):
         load_probe(tmp_path)
 
 

@@ -154,7 +154,8 @@ def test_a_layer_that_is_not_there_is_named(bank: Bank) -> None:
 
 def test_the_last_layer_is_the_default(bank: Bank) -> None:
     source = BankSource(bank)
-    assert (source.layer, source.dim, source.n_prefix) == (2, 12, 1)
+    shape = source.shapes[2]
+    assert (source.layer, shape.dim, shape.n_prefix) == (2, 12, 1)
 
 
 @pytest.mark.parametrize("tier", HERE)

@@ -288,7 +288,7 @@ def test_training_uses_views_and_tests_on_clean_clips(
         clip_table.parent / "labels.csv",
         tmp_path / "run",
         probes=["linear"],
-        settings=TrainSettings(n_epochs=2, n_seeds=1, n_learning_rates=1),
+        settings=TrainSettings(n_epochs=2, n_seeds=1, n_candidates=1),
         task="multilabel",
     )
     (fold,) = results["folds"]

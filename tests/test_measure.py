@@ -19,7 +19,7 @@ from patchbank.pipeline.rebuild import rebuild_bank
 from patchbank.probing.measure import measure_change, read_measurements, write_measurement
 from patchbank.probing.settings import TrainSettings
 
-FAST = TrainSettings(n_epochs=3, n_seeds=2, n_learning_rates=1)
+FAST = TrainSettings(n_epochs=3, n_seeds=2, n_candidates=1)
 
 
 def test_convert_measures_and_show_prints(

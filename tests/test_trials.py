@@ -2,17 +2,21 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 
+from patchbank.pipeline.errors import TrialError
 from patchbank.probing.losses import asymmetric, cross_entropy
 from patchbank.probing.optimiser import StackedAdamW, cosine_factor
 from patchbank.probing.probes import PROBES, build_probe
-from patchbank.probing.probes.base import ProbeShape
+from patchbank.probing.probes.base import Dropout, Probe, ProbeShape, Weights
 from patchbank.probing.probes.tokens import Tokens
 from patchbank.probing.trials import Trial, TrialStack
 
+SHAPE = ProbeShape(24, 3, 1)
+LEARNING = [name for name in PROBES if name != "knn"]
 TRIALS = [Trial(1e-3, 1e-4, 0), Trial(3e-2, 0.1, 0), Trial(1e-3, 1e-4, 1)]
 
 
@@ -20,7 +24,12 @@ def trained(
     name: str, trials: list[Trial], *, n_steps: int, dtype: torch.dtype
 ) -> tuple[TrialStack, torch.Tensor]:
     """A stack after `n_steps` on seeded batches, and its losses (step, trial)."""
-    stack = TrialStack(name, build_probe(name, ProbeShape(24, 3, 1)), trials, dtype=dtype)
+    return train_on_noise(TrialStack(name, build_probe(name, SHAPE), trials, dtype=dtype), n_steps)
+
+
+def train_on_noise(stack: TrialStack, n_steps: int) -> tuple[TrialStack, torch.Tensor]:
+    """The stack after some steps on seeded batches, and its losses (step, trial)."""
+    dtype = next(iter(stack.weights.values())).dtype
     random = torch.Generator().manual_seed(0)
     losses = []
     for step in range(n_steps):
@@ -32,7 +41,7 @@ def trained(
     return stack, torch.stack(losses)
 
 
-@pytest.mark.parametrize("name", PROBES)
+@pytest.mark.parametrize("name", LEARNING)
 @pytest.mark.parametrize(
     ("dtype", "n_steps", "rtol"),
     [(torch.float64, 50, 1e-6), (torch.float32, 5, 1e-4)],
@@ -67,10 +76,10 @@ def test_a_trial_that_diverges_leaves_the_others_alone() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", PROBES)
+@pytest.mark.parametrize("name", LEARNING)
 def test_every_family_learns_soft_targets(name: str) -> None:
     """At the optimum of cross-entropy the probabilities are the targets."""
-    stack = TrialStack(name, build_probe(name, ProbeShape(24, 3, 1)), [Trial(3e-2, 0.0, 0)])
+    stack = TrialStack(name, build_probe(name, SHAPE), [Trial(3e-2, 0.0, 0)])
     random = torch.Generator().manual_seed(0)
     patches = torch.randn(3, 5, 24, generator=random)
     tokens = Tokens(patches, torch.randn(3, 1, 24, generator=random))
@@ -81,7 +90,7 @@ def test_every_family_learns_soft_targets(name: str) -> None:
     torch.testing.assert_close(found, targets, rtol=0, atol=0.12)
 
 
-@pytest.mark.parametrize("name", PROBES)
+@pytest.mark.parametrize("name", LEARNING)
 def test_every_parameter_learns(name: str) -> None:
     stack, _ = trained(name, [Trial(1e-2, 0.0, 0)], n_steps=2, dtype=torch.float32)
     first = TrialStack(name, stack.probe, [Trial(1e-2, 0.0, 0)])
@@ -121,3 +130,56 @@ def test_the_schedule_warms_up_and_falls_by_half_a_cosine() -> None:
     assert factors[8] == pytest.approx(0.5)
     assert all(one > other for one, other in itertools.pairwise(factors[4:]))
     assert cosine_factor(12, n_steps=12, n_warmup_steps=4) == pytest.approx(0)
+
+
+@dataclass(frozen=True)
+class Starved(Probe):
+    """A probe whose memory does not suffice for more than one trial, once dropout is drawn."""
+
+    probe: Probe
+    error: Exception
+
+    def first_weights(self, random: torch.Generator) -> Weights:
+        return self.probe.first_weights(random)
+
+    def logits(
+        self, weights: Weights, tokens: Tokens, *, dropout: Dropout | None = None
+    ) -> torch.Tensor:
+        found = self.probe.logits(weights, tokens, dropout=dropout)
+        if len(found) > self.most:
+            raise self.error
+        return found
+
+    most: int = 1
+
+
+SHORTAGES = {
+    "GPU": torch.OutOfMemoryError("CUDA out of memory"),
+    "CPU": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 B"),
+}
+
+
+@pytest.mark.parametrize("error", SHORTAGES.values(), ids=SHORTAGES)
+def test_a_stack_that_runs_out_of_memory_splits_and_ends_with_the_same_weights(
+    error: Exception,
+) -> None:
+    probe = build_probe("protobin", SHAPE)
+    whole, losses = train_on_noise(TrialStack("protobin", probe, TRIALS, dtype=torch.float64), 5)
+    starved = TrialStack("protobin", Starved(SHAPE, probe, error), TRIALS, dtype=torch.float64)
+    split, own_losses = train_on_noise(starved, 5)
+    assert [(part.start, part.stop) for part in split.parts] == [(0, 1), (1, 2), (2, 3)]
+    torch.testing.assert_close(own_losses, losses, rtol=1e-9, atol=0)
+    for key, value in whole.weights.items():
+        torch.testing.assert_close(split.weights[key], value, rtol=1e-9, atol=1e-12)
+
+
+def test_a_single_trial_that_does_not_fit_says_so() -> None:
+    probe = Starved(SHAPE, build_probe("protobin", SHAPE), SHORTAGES["GPU"], most=0)
+    with pytest.raises(TrialError, match=r"a single trial of probe 'protobin' .*--batch-size"):
+        train_on_noise(TrialStack("protobin", probe, TRIALS), 1)
+
+
+def test_another_error_is_not_taken_for_a_lack_of_memory() -> None:
+    probe = Starved(SHAPE, build_probe("protobin", SHAPE), RuntimeError("shapes do not fit"))
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        train_on_noise(TrialStack("protobin", probe, TRIALS), 1)

@@ -13,11 +13,13 @@ from collections.abc import Mapping
 from patchbank.pipeline.errors import TrialError
 from patchbank.probing.probes.base import Build, Options, Probe, ProbeShape
 from patchbank.probing.probes.installed import installed_build
+from patchbank.probing.probes.knn import build_knn
 from patchbank.probing.probes.linear import build_linear, build_linear_cls
 from patchbank.probing.probes.mhca import build_mhca
 from patchbank.probing.probes.prototypes import build_protobin, build_protofloat
 
 PROBES: Mapping[str, Build] = {
+    "knn": build_knn,
     "linear": build_linear,
     "linear-cls": build_linear_cls,
     "mhca": build_mhca,

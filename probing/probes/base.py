@@ -55,10 +55,18 @@ class Probe(ABC):
     mixes_layers: ClassVar[bool] = False
     """Takes `Tokens.layers` itself; any other family is put behind a softmax mix of layers."""
 
+    learns: ClassVar[bool] = True
+    """Whether gradients train it. One that does not learn remembers the training clips."""
+
     @property
     def options(self) -> dict[str, Any]:
         """Every hyper-parameter, resolved, as plain JSON; building with them gives the same."""
         return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "shape"}
+
+    @property
+    def uses_prefix(self) -> bool:
+        """Whether prefix tokens change its logits."""
+        return False
 
     @abstractmethod
     def first_weights(self, random: torch.Generator) -> Weights:

@@ -36,6 +36,10 @@ class LinearProbe(Probe):
     def options(self) -> dict[str, Any]:
         return {}
 
+    @property
+    def uses_prefix(self) -> bool:
+        return self.pooling == "cls"
+
     def first_weights(self, random: torch.Generator) -> Weights:
         weight, bias = uniform_linear(self.shape.n_classes, self.shape.dim, random)
         return {"weight": weight, "bias": bias}

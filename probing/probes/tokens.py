@@ -151,6 +151,15 @@ class Tokens:
                 torch.div(ready[clips], _length(ready[clips]), out=block)
         return out
 
+    def take(self, clips: Int[Tensor, " _"]) -> Tokens:
+        """The tokens of some clips, by their places in the batch, as a copy."""
+        return Tokens(
+            self.patches[clips],
+            None if self.prefix is None else self.prefix[clips],
+            None if self.n_patches is None else self.n_patches[clips],
+            others=[other.take(clips) for other in self.layers[:-1]],
+        )
+
     def _take(self, what: str) -> Float[Tensor, "clip patch dim"]:
         name = f"{what}/{self._name}"
         return self._buffers.take(name, self.shape, dtype=self.dtype, device=self.device)
@@ -181,6 +190,7 @@ def convert(
     device: torch.device,
     buffers: Buffers,
     layer: int | None = None,
+    others: Sequence[Tokens] = (),
 ) -> Tokens:
     """The tokens of one layer of `batch` (the only one by default) in `dtype` on `device`.
 
@@ -203,6 +213,7 @@ def convert(
         device=device,
         buffers=buffers,
         name="" if layer is None else str(layer),
+        others=others,
     )
 
 

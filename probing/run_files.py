@@ -1,0 +1,194 @@
+"""What a run leaves in its folder: results.json, and of each probe weights and predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import pyarrow as pa
+
+from patchbank.probing.artefact import ProbeArtefact, save_probe
+from patchbank.probing.atomic import write_json
+from patchbank.probing.evaluation import Fold, left_out_rows, resamples_of, score_rows
+from patchbank.probing.labels import LabelSet
+from patchbank.probing.metrics import primary_metric
+from patchbank.probing.plan import Rows
+from patchbank.probing.probes.base import n_parameters
+from patchbank.probing.protocol import Outcome
+from patchbank.probing.results import environment, write_predictions
+from patchbank.probing.settings import TrainSettings
+from patchbank.probing.splits import Split, is_clean
+
+FORMAT = 1
+
+
+@runtime_checkable
+class TokenBank(Protocol):
+    """What training needs of a bank."""
+
+    @property
+    def clips(self) -> pa.Table: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def encoder_id(self) -> str: ...
+    @property
+    def recipe_id(self) -> str: ...
+    @property
+    def card(self) -> Mapping[str, Any]: ...
+    @property
+    def layers(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """All that was trained and measured for one label set."""
+
+    bank: TokenBank
+    labels: LabelSet
+    folds: tuple[Fold, ...]
+    settings: TrainSettings
+
+
+def rows_of(splits: Sequence[Split]) -> Rows:
+    """All rows that training or judging will read."""
+    parts = [part for split in splits for part in (split.train, split.valid, split.test)]
+    return np.unique(np.concatenate(parts))
+
+
+def write_run(run: FinishedRun, out: Path) -> dict[str, Any]:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").unlink(missing_ok=True)
+    clip_ids = run.bank.clips.column("clip_id").to_pylist()
+    for index, outcome in enumerate(run.folds[0].outcomes):
+        folder = out / outcome.name
+        write_predictions(
+            folder / "predictions-test.parquet",
+            run.folds,
+            index,
+            clip_ids=clip_ids,
+            classes=run.labels.classes,
+            multi_label=run.labels.multi_label,
+        )
+        save_probe(folder, _artefact(run, index))
+    results = _results(run)
+    write_json(out / "results.json", results)
+    return results
+
+
+def _best_fold(run: FinishedRun, index: int) -> int:
+    """The fold whose best seed validation data prefer."""
+    return int(np.argmax([max(fold.outcomes[index].valid_values) for fold in run.folds]))
+
+
+def _artefact(run: FinishedRun, index: int) -> ProbeArtefact:
+    """The probe of the seed (and fold) with the best validation score."""
+    fold = run.folds[_best_fold(run, index)]
+    outcome = fold.outcomes[index]
+    card = run.bank.card
+    return ProbeArtefact(
+        probe=outcome.entry.family,
+        options=outcome.probe.options,
+        classes=run.labels.classes,
+        multi_label=run.labels.multi_label,
+        shape=outcome.probe.shape,
+        weights=outcome.weights[outcome.best_seed],
+        layers=outcome.entry.layers,
+        encoder_id=run.bank.encoder_id,
+        encoder=dict(card.get("encoder", {})),
+        window=dict(card.get("window", {})),
+        tokens={key: card[key] for key in ("stored_dtype", "mask_padding") if key in card},
+        training={
+            "bank": run.bank.fingerprint,
+            "recipe_id": run.bank.recipe_id,
+            "fold": fold.split.name,
+            **asdict(outcome.trials[outcome.best_seed]),
+            "n_epochs": run.settings.n_epochs,
+            "valid_score": outcome.valid_values[outcome.best_seed],
+        },
+    )
+
+
+def _results(run: FinishedRun) -> dict[str, Any]:
+    labels, folds, settings = run.labels, run.folds, run.settings
+    status = run.bank.clips.column("status").to_numpy()
+    clean = is_clean(run.bank.clips)
+    return {
+        "format": FORMAT,
+        "bank": run.bank.fingerprint,
+        "encoder_id": run.bank.encoder_id,
+        "recipe_id": run.bank.recipe_id,
+        "layers": sorted({one for outcome in folds[0].outcomes for one in outcome.entry.layers}),
+        "task": "multi-label" if labels.multi_label else "multi-class",
+        "primary_metric": primary_metric(multi_label=labels.multi_label),
+        "std_over": "seeds" if len(folds) == 1 else "folds",
+        "scores": score_rows(
+            folds,
+            labels.targets,
+            multi_label=labels.multi_label,
+            n_resamples=settings.n_resamples,
+        ),
+        "left_out": left_out_rows(
+            folds, labels.targets, labels.classes, multi_label=labels.multi_label
+        ),
+        "n_resamples": resamples_of(folds[0].outcomes[0].test_scores, settings.n_resamples),
+        "n_failed_clips": int(((status == 2) & clean).sum()),
+        "n_failed_views": int(((status == 2) & ~clean).sum()),
+        "n_unlabelled_clips": labels.n_unlabelled,
+        "folds": [
+            _fold_sizes(fold.split, np.flatnonzero(labels.known & (status == 1) & clean))
+            for fold in folds
+        ],
+        "classes": list(labels.classes),
+        "probes": dict(_probe_facts(run, index) for index in range(len(folds[0].outcomes))),
+        "settings": asdict(settings),
+        "environment": environment(settings.torch_device),
+    }
+
+
+def _fold_sizes(split: Split, usable: Rows) -> dict[str, Any]:
+    """Rows in each part, usable clean clips that are in none, and what became of the views."""
+    return {
+        "name": split.name,
+        "train": len(split.train),
+        "valid": len(split.valid),
+        "test": len(split.test),
+        "unused": len(np.setdiff1d(usable, rows_of([split]))),
+        "views": split.n_views,
+        "views_left_out": split.n_views_left_out,
+    }
+
+
+def _probe_facts(run: FinishedRun, index: int) -> tuple[str, dict[str, Any]]:
+    """Name and hyper-parameters of one probe, and what the search saw in each fold."""
+    outcome = run.folds[0].outcomes[index]
+    return outcome.name, {
+        "family": outcome.entry.family,
+        "layers": list(outcome.entry.layers),
+        "options": outcome.probe.options,
+        "n_parameters": n_parameters(outcome.probe),
+        "saved_fold": run.folds[_best_fold(run, index)].split.name,
+        "search": [_search_facts(fold, index) for fold in run.folds],
+    }
+
+
+def _search_facts(fold: Fold, index: int) -> dict[str, Any]:
+    outcome: Outcome = fold.outcomes[index]
+    return {
+        "fold": fold.split.name,
+        "learning_rate": outcome.trials[0].learning_rate,
+        "weight_decay": outcome.trials[0].weight_decay,
+        "best_seed": outcome.trials[outcome.best_seed].seed,
+        "candidates": [
+            {
+                "learning_rate": candidate.learning_rate,
+                "weight_decay": candidate.weight_decay,
+                "score": None if candidate.score == float("-inf") else candidate.score,
+                "diverged": candidate.score == float("-inf"),
+            }
+            for candidate in outcome.candidates
+        ],
+    }
