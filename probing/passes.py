@@ -180,7 +180,7 @@ def predict_logits(
     rows: Sequence[BatchRows],
     *,
     settings: TrainSettings,
-) -> list[Float[np.ndarray, "trial _ class"]]:
+) -> list[Float[np.ndarray, "trial _ _"]]:
     """Logits of every course's stack for its `rows`, in their order, from one read of all."""
     together, buffers = union(rows), Buffers()
     layers = [course.layers or last_layer(source) for course in courses]

@@ -20,14 +20,15 @@ from patchbank.probing.batch import TokenSource
 from patchbank.probing.entries import Entry
 from patchbank.probing.metrics import left_out, primary_metric, score
 from patchbank.probing.passes import Course, OnProgress, fit, predict_logits
-from patchbank.probing.plan import Rows
+from patchbank.probing.plan import BatchRows
 from patchbank.probing.probes.base import Probe, Weights
 from patchbank.probing.settings import Point, TrainSettings
 from patchbank.probing.splits import Split
 from patchbank.probing.study import Study, Task, course_of, study_of
 from patchbank.probing.trials import Trial
 
-Scores = Float[np.ndarray, "seed clip class"]
+Scores = Float[np.ndarray, "seed _ _"]
+"""(seed, clip, class); clips and classes differ between label sets."""
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def _values(task: Task, course: Course, scores: Scores) -> tuple[float, ...]:
 
 
 def _scores(
-    job: _Job, studies: Sequence[Study], courses: Sequence[Course], rows: Sequence[Rows]
+    job: _Job, studies: Sequence[Study], courses: Sequence[Course], rows: Sequence[BatchRows]
 ) -> list[Scores]:
     logits = predict_logits(courses, job.source, rows, settings=job.settings)
     # Logits of different clips have no common zero; log-probabilities do, and never tie like
