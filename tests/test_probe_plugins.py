@@ -49,7 +49,7 @@ def test_an_installed_probe_trains_and_predicts(
     (mine.folder / "desk-1.2.dist-info" / "entry_points.txt").unlink()
     capsys.readouterr()
     assert main(["predict", run, "--bank", str(sealed.path)]) == 1
-    assert "found probe 'mine', expected one of linear" in capsys.readouterr().err
+    assert "found probe 'mine', expected one of" in capsys.readouterr().err
 
 
 def test_a_shipped_name_keeps_its_meaning(

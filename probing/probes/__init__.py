@@ -12,17 +12,24 @@ from collections.abc import Mapping
 
 from patchbank.pipeline.errors import TrialError
 from patchbank.probing.probes.base import Build, Options, Probe, ProbeShape
+from patchbank.probing.probes.conv import build_conv
 from patchbank.probing.probes.installed import installed_build
 from patchbank.probing.probes.knn import build_knn
 from patchbank.probing.probes.linear import build_linear, build_linear_cls
+from patchbank.probing.probes.linpre import build_linpre
 from patchbank.probing.probes.mhca import build_mhca
 from patchbank.probing.probes.prototypes import build_protobin, build_protofloat
+from patchbank.probing.probes.vectors import build_linearc, build_mlp
 
 PROBES: Mapping[str, Build] = {
     "knn": build_knn,
+    "conv": build_conv,
     "linear": build_linear,
     "linear-cls": build_linear_cls,
+    "linearc": build_linearc,
+    "linpre": build_linpre,
     "mhca": build_mhca,
+    "mlp": build_mlp,
     "protobin": build_protobin,
     "protofloat": build_protofloat,
 }

@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -114,6 +115,17 @@ def apply_linear(
     return torch.baddbmm(bias[:, None], features, weight.transpose(1, 2))
 
 
+def apply_shared_linear(
+    vectors: Float[Tensor, "clip feature"],
+    weight: Float[Tensor, "trial class feature"],
+    bias: Float[Tensor, "trial class"],
+) -> Logits:
+    """Each trial's own linear layer on what all trials share: one plain matrix product."""
+    n_trials, n_classes, _ = weight.shape
+    joined = F.linear(vectors, weight.flatten(0, 1), bias.flatten())
+    return joined.view(-1, n_trials, n_classes).transpose(0, 1)
+
+
 def apply_dropout(
     features: Float[Tensor, "trial clip feature"], rate: float, dropout: Dropout | None
 ) -> Float[Tensor, "trial clip feature"]:
@@ -136,3 +148,17 @@ def check_options(name: str, options: Options, known: Sequence[str]) -> None:
     if unknown:
         has = f"it has {', '.join(known)}" if known else "it has none"
         raise TrialError(f"found option {', '.join(unknown)} for probe {name!r}; {has}")
+
+
+def choice(options: Options, name: str, choices: Sequence[str], default: str) -> Any:
+    """The value of an option that is one of `choices`; raises `TrialError` for any other."""
+    found = options.get(name, default)
+    if found not in choices:
+        raise TrialError(f"found {name}={found!r}, expected {' or '.join(choices)}")
+    return found
+
+
+def check_dropout(rate: float) -> None:
+    """Raises `TrialError` for what is no rate of dropout."""
+    if not 0 <= rate < 1:
+        raise TrialError(f"found dropout={rate}, expected at least 0 and below 1")

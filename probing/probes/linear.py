@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 
 from patchbank.pipeline.errors import TrialError
 from patchbank.probing.probes.base import (
@@ -16,6 +15,7 @@ from patchbank.probing.probes.base import (
     Probe,
     ProbeShape,
     Weights,
+    apply_shared_linear,
     check_options,
     uniform_linear,
 )
@@ -46,10 +46,7 @@ class LinearProbe(Probe):
 
     def logits(self, weights: Weights, tokens: Tokens, *, dropout: Dropout | None = None) -> Logits:
         vector = tokens.mean if self.pooling == "mean" else tokens.cls
-        # The trials share their input, so all of them are one plain matrix product.
-        n_trials, n_classes, _ = weights["weight"].shape
-        joined = F.linear(vector, weights["weight"].flatten(0, 1), weights["bias"].flatten())
-        return joined.view(-1, n_trials, n_classes).transpose(0, 1)
+        return apply_shared_linear(vector, weights["weight"], weights["bias"])
 
 
 def build_linear(shape: ProbeShape, options: Options) -> LinearProbe:

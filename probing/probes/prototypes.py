@@ -19,22 +19,23 @@ from patchbank.probing.probes.base import (
     ProbeShape,
     Weights,
     apply_dropout,
-    apply_linear,
+    check_dropout,
     check_options,
     uniform_linear,
 )
 from patchbank.probing.probes.best_match import best_match
+from patchbank.probing.probes.class_blocks import apply_class_blocks
 from patchbank.probing.probes.tokens import Tokens
 
-OPTIONS = ("n_prototypes_per_class", "dropout")
+OPTIONS = ("n_prototypes_per_class", "dropout", "classes_per_block")
 
 
 @dataclass(frozen=True)
 class PrototypeProbe(Probe):
     """Cosine of prototypes with tokens, maximum over tokens, dropout, linear layer.
 
-    The prototypes belong to no class: the dense layer mixes all of them. Only directions of
-    tokens count, and CLS is not used.
+    The prototypes belong to no class: the dense layer mixes all of them, or those of a block of
+    classes. Only directions of tokens count, and CLS is not used.
     """
 
     learning_rates: ClassVar[tuple[float, float]] = (2e-3, 8e-2)
@@ -42,6 +43,7 @@ class PrototypeProbe(Probe):
     is_binary: bool
     n_prototypes_per_class: int = 20
     dropout: float = 0.2
+    classes_per_block: int | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -51,9 +53,15 @@ class PrototypeProbe(Probe):
     def n_prototypes(self) -> int:
         return self.shape.n_classes * self.n_prototypes_per_class
 
+    @property
+    def n_features(self) -> int:
+        """Prototypes that a class is told of."""
+        n_classes = self.shape.n_classes
+        return min(self.classes_per_block or n_classes, n_classes) * self.n_prototypes_per_class
+
     def first_weights(self, random: torch.Generator) -> Weights:
         prototypes = 0.02 * torch.randn(self.n_prototypes, self.shape.dim, generator=random)
-        weight, bias = uniform_linear(self.shape.n_classes, self.n_prototypes, random)
+        weight, bias = uniform_linear(self.shape.n_classes, self.n_features, random)
         return {"prototypes": prototypes, "weight": weight, "bias": bias}
 
     def logits(self, weights: Weights, tokens: Tokens, *, dropout: Dropout | None = None) -> Logits:
@@ -63,7 +71,7 @@ class PrototypeProbe(Probe):
         best = best_match(tokens.directions, directions.flatten(0, 1), tokens.counts)
         features = best.view(len(best), len(latent), -1).transpose(0, 1)
         kept = apply_dropout(features, self.dropout, dropout)
-        return apply_linear(kept, weights["weight"], weights["bias"])
+        return apply_class_blocks(kept, weights["weight"], weights["bias"])
 
 
 def binarise(latent: Float[Tensor, "*axes"]) -> Float[Tensor, "*axes"]:
@@ -90,8 +98,11 @@ def build_protobin(shape: ProbeShape, options: Options) -> PrototypeProbe:
     s_p = max_n cos(sign(v_p), z_n), logits = W dropout(s) + b with C x J class-agnostic
     prototypes, v ~ 0.02 N(0, 1), straight-through identity gradient through the sign, then
     through the normalisation. "Unmute the Patch Tokens" (arXiv 2509.24901). Options:
-    n_prototypes_per_class (J, default 20; the paper takes 10 on AudioSet) and dropout (default
-    0.2, the rate of the authors' later probes; the paper does not state it).
+    n_prototypes_per_class (J, default 20; the paper takes 10 on AudioSet), dropout (default 0.2,
+    the rate of the authors' later probes; the paper does not state it) and classes_per_block (s,
+    default none). W is (C, C x J), as in the paper, and grows as C^2 J: 16 GB for 10,000 classes.
+    With s it is (C, s x J): class c has weights on the prototypes of s neighbouring classes only,
+    from min(floor(c / s) s, C - s) on.
     """
     return _build("protobin", shape, options, is_binary=True)
 
@@ -111,6 +122,10 @@ def _build(name: str, shape: ProbeShape, options: Options, *, is_binary: bool) -
     if probe.n_prototypes_per_class < 1:
         found = probe.n_prototypes_per_class
         raise TrialError(f"found n_prototypes_per_class={found}, expected at least 1")
-    if not 0 <= probe.dropout < 1:
-        raise TrialError(f"found dropout={probe.dropout}, expected at least 0 and below 1")
+    check_dropout(probe.dropout)
+    if probe.classes_per_block is not None and probe.classes_per_block < 1:
+        raise TrialError(
+            f"found classes_per_block={probe.classes_per_block}, expected at least 1, or none for "
+            "a dense layer"
+        )
     return probe
