@@ -195,7 +195,7 @@ def test_first_weights_depend_on_family_and_seed_only(name: str) -> None:
     together, alone = stacked_weights(probe, name, [5, 3]), stacked_weights(probe, name, [3])
     for key in together:
         assert torch.equal(together[key][1], alone[key][0])
-        assert not torch.equal(together[key][0], together[key][1])
+    assert any(not torch.equal(value[0], value[1]) for value in together.values())
 
 
 @pytest.mark.parametrize("name", PROBES)
