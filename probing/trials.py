@@ -43,8 +43,8 @@ class TrialStack:
         device: torch.device | str = "cpu",
     ) -> None:
         self.name, self.probe, self.trials = name, probe, tuple(trials)
-        first = stacked_weights(probe, name, [trial.seed for trial in trials])
-        self.weights: Weights = {key: value.to(device, dtype) for key, value in first.items()}
+        drawn = stacked_weights(probe, name, [trial.seed for trial in trials])
+        self.weights: Weights = {key: value.to(device, dtype) for key, value in drawn.items()}
         self._trained = [key for key in self.weights if key not in probe.buffers]
         self._dropout = [
             generator(f"dropout/{name}", trial.seed, device=device) for trial in trials
@@ -54,8 +54,12 @@ class TrialStack:
             learning_rates=self._vector([trial.learning_rate for trial in trials], dtype, device),
             weight_decays=self._vector([trial.weight_decay for trial in trials], dtype, device),
         )
-        self.parts = [slice(0, len(self.trials))]
-        """Trials that are computed together: all, until memory does not suffice."""
+        size = probe.trials_at_once or len(self.trials)
+        self.parts = [
+            slice(first, min(first + size, len(self.trials)))
+            for first in range(0, len(self.trials), size)
+        ]
+        """Trials that are computed together: all that may be, until memory does not suffice."""
         self.is_finite: Bool[Tensor, " trial"] = torch.ones(
             len(trials), dtype=torch.bool, device=device
         )
@@ -90,7 +94,9 @@ class TrialStack:
         logits = self.probe.logits(weights, tokens, dropout=self._dropout[trials])
         losses = loss(logits, targets)
         # The sum keeps trials apart: no parameter of one has a gradient from another's loss.
-        gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)
+        penalty = self.probe.penalty(weights)
+        total = losses.sum() if penalty is None else (losses + penalty).sum()
+        gradients = torch.autograd.grad(total, leaves, allow_unused=True)
         return losses.detach(), list(gradients)
 
     @torch.no_grad()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from probe_weights import weights_of
 
 from patchbank.pipeline.bank.dtypes import STORED_TYPES
 from patchbank.pipeline.bank.quantised import ChannelConstants
 from patchbank.probing.batch import NO_LAYER, Batch, LayerTokens
 from patchbank.probing.decoding import Dequantiser, QuantisedTokens
 from patchbank.probing.probes import PROBES, build_probe, tokens
-from patchbank.probing.probes.base import ProbeShape, stacked_weights
+from patchbank.probing.probes.base import ProbeShape
 from patchbank.probing.probes.tokens import Buffers, Tokens, convert
 
 SHAPE = ProbeShape(dim=24, n_classes=3, n_prefix=1, grid=(4, 2))
@@ -54,5 +55,5 @@ def test_logits_of_stored_tokens_are_those_of_their_floats(
     assert layer.prefix is not None
     floats = Tokens(patches, layer.prefix.float(), layer.n_patches)
     probe = build_probe(name, SHAPE)
-    weights = stacked_weights(probe, name, [0, 1])
+    weights = weights_of(probe, name)
     torch.testing.assert_close(probe.logits(weights, seen), probe.logits(weights, floats))

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from probe_weights import weights_of
 
 from patchbank.pipeline.errors import TrialError
 from patchbank.probing.batch import Batch
@@ -30,7 +33,7 @@ def tokens(*, seed: int = 0, n_patches: list[int] | None = None) -> Tokens:
 
 
 def weights(name: str, *, n_trials: int = 2) -> Weights:
-    first = stacked_weights(build_probe(name, SHAPE), name, list(range(n_trials)))
+    first = weights_of(build_probe(name, SHAPE), name, list(range(n_trials)))
     return {key: value.double().requires_grad_() for key, value in first.items()}
 
 
@@ -195,7 +198,27 @@ def test_first_weights_depend_on_family_and_seed_only(name: str) -> None:
     together, alone = stacked_weights(probe, name, [5, 3]), stacked_weights(probe, name, [3])
     for key in together:
         assert torch.equal(together[key][1], alone[key][0])
-        assert not torch.equal(together[key][0], together[key][1])
+    assert any(not torch.equal(value[0], value[1]) for value in together.values())
+
+
+USING_PREFIX = {
+    **{name: {} for name in PROBES},
+    "mlp on CLS": {"vector": "cls"},
+    "knn on CLS": {"vector": "cls"},
+    "proto as it is": {"focal": False},
+    "linearc over time": {"variant": "time-mean"},
+}
+
+
+@pytest.mark.parametrize(("name", "options"), USING_PREFIX.items(), ids=USING_PREFIX)
+def test_a_probe_says_whether_prefix_tokens_matter(name: str, options: dict[str, Any]) -> None:
+    family, seen = name.split()[0], tokens()
+    probe = build_probe(family, replace(SHAPE, grid=(7, 1)), options)
+    stacked = {key: value.double() for key, value in weights_of(probe, family).items()}
+    assert seen.prefix is not None
+    other = Tokens(seen.patches, seen.prefix.flip(0))
+    is_same = torch.equal(probe.logits(stacked, seen), probe.logits(stacked, other))
+    assert is_same != probe.uses_prefix
 
 
 @pytest.mark.parametrize("name", PROBES)

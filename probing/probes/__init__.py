@@ -9,29 +9,41 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from dataclasses import replace
 
 from patchbank.pipeline.errors import TrialError
+from patchbank.probing.probes.abmilp import build_abmilp
 from patchbank.probing.probes.base import Build, Options, Probe, ProbeShape
+from patchbank.probing.probes.cgp import build_cgp
+from patchbank.probing.probes.class_prototypes import build_proto
 from patchbank.probing.probes.conv import build_conv
+from patchbank.probing.probes.ep import build_ep
 from patchbank.probing.probes.installed import installed_build
 from patchbank.probing.probes.knn import build_knn
+from patchbank.probing.probes.layer_mix import LayerMixProbe
 from patchbank.probing.probes.linear import build_linear, build_linear_cls
 from patchbank.probing.probes.linpre import build_linpre
 from patchbank.probing.probes.mhca import build_mhca
 from patchbank.probing.probes.prototypes import build_protobin, build_protofloat
+from patchbank.probing.probes.simpool import build_simpool
 from patchbank.probing.probes.vectors import build_linearc, build_mlp
 
 PROBES: Mapping[str, Build] = {
-    "knn": build_knn,
-    "conv": build_conv,
     "linear": build_linear,
     "linear-cls": build_linear_cls,
+    "mlp": build_mlp,
     "linearc": build_linearc,
     "linpre": build_linpre,
+    "conv": build_conv,
     "mhca": build_mhca,
-    "mlp": build_mlp,
+    "ep": build_ep,
+    "simpool": build_simpool,
+    "abmilp": build_abmilp,
+    "proto": build_proto,
     "protobin": build_protobin,
     "protofloat": build_protofloat,
+    "cgp": build_cgp,
+    "knn": build_knn,
 }
 
 
@@ -39,7 +51,8 @@ def build_probe(name: str, shape: ProbeShape, options: Options | None = None) ->
     """The probe family `name` for tokens and classes of `shape`; raises `TrialError`.
 
     A family that is not in `PROBES` comes from an installed package: an entry point of the group
-    `patchbank.probes` whose module has `build(shape, options)`. Only that one is imported.
+    `patchbank.probes` whose module has `build(shape, options)`. Only that one is imported. Where
+    `shape` has several layers and the family does not mix them, a softmax mix goes in front.
     """
     build = PROBES[name] if name in PROBES else installed_build(name)
     if build is None:
@@ -49,4 +62,7 @@ def build_probe(name: str, shape: ProbeShape, options: Options | None = None) ->
             f"found probe {name!r}, expected one of {', '.join(PROBES)}{hint} "
             "(list them with: patchbank probes)"
         )
-    return build(shape, options or {})
+    probe = build(shape, options or {})
+    if shape.n_layers == 1 or probe.mixes_layers:
+        return probe
+    return LayerMixProbe(shape, build(replace(shape, n_layers=1), options or {}))

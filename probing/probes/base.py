@@ -69,6 +69,14 @@ class Probe(ABC):
         """Whether prefix tokens change its logits."""
         return False
 
+    @property
+    def trials_at_once(self) -> int | None:
+        """Most trials in one product; None for any number.
+
+        1 where a trial makes tokens of its own, so that memory holds those of one trial at a time.
+        """
+        return None
+
     @abstractmethod
     def first_weights(self, random: torch.Generator) -> Weights:
         """One trial's parameters and buffers before training, float32 on the CPU."""
@@ -79,6 +87,10 @@ class Probe(ABC):
 
         Nothing of one trial may reach another. In training, buffers are changed in place.
         """
+
+    def penalty(self, weights: Weights) -> Float[Tensor, " trial"] | None:
+        """What training adds to the loss of each trial; reported losses leave it out."""
+        return None
 
 
 Build = Callable[[ProbeShape, Options], Probe]

@@ -1,8 +1,8 @@
 """The highest similarity of each prototype with any token of a clip, in bounded scratch.
 
 Similarities of all prototypes with all tokens would be (clip, patch, prototype): 5 GB for
-AudioSet. They are made block by block, reduced at once and forgotten; the tokens are frozen, so
-the backward pass only needs the winning token of each prototype: a gather, not a second product.
+AudioSet. They are made block by block, reduced at once and forgotten; the backward pass only needs
+the winning token of each prototype: a gather, not a second product.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from patchbank.probing.probes.winners import prototype_gradient, token_gradient
 
 PROTOTYPE_BLOCK = 1024
 CPU_SCRATCH = 2**22
@@ -26,15 +27,18 @@ def best_match(
     prototypes: Float[Tensor, "prototype dim"],
     counts: Bool[Tensor, "clip patch"] | None = None,
 ) -> Float[Tensor, "clip prototype"]:
-    """max over the patches that count of prototype . direction; gradient for prototypes only."""
-    if torch.is_grad_enabled() and prototypes.requires_grad:
+    """max over the patches that count of prototype . direction.
+
+    The gradient goes to the prototypes, and to the tokens where they ask for one.
+    """
+    if torch.is_grad_enabled() and (prototypes.requires_grad or directions.requires_grad):
         value: Tensor = _BestMatch.apply(directions, prototypes, counts)  # type: ignore[no-untyped-call]
         return value
     return _search(directions, prototypes, counts)
 
 
 class _BestMatch(torch.autograd.Function):
-    """Forward: the maximum. Backward: d/d prototype = sum over clips of gradient x winner."""
+    """Forward: the maximum. Backward: gradients at the winning tokens alone."""
 
     @staticmethod
     def forward(
@@ -46,24 +50,22 @@ class _BestMatch(torch.autograd.Function):
         shape = (len(directions), len(prototypes))
         winner = torch.empty(shape, dtype=torch.int64, device=directions.device)
         best = _search(directions, prototypes, counts, winner=winner)
-        ctx.save_for_backward(directions, winner)
+        ctx.save_for_backward(directions, prototypes, winner)
         return best
 
     @staticmethod
     def backward(
         ctx: Any, gradient: Float[Tensor, "clip prototype"]
-    ) -> tuple[None, Float[Tensor, "prototype dim"], None]:
-        directions, winner = ctx.saved_tensors
-        n_clips, n_patches, dim = directions.shape
-        first = torch.arange(n_clips, device=winner.device)[:, None] * n_patches
-        # embedding_bag is a gather and a weighted sum in one, with no (prototype, clip, dim) copy.
-        total = F.embedding_bag(
-            (winner + first).T.contiguous(),
-            directions.reshape(-1, dim),
-            per_sample_weights=gradient.T.contiguous(),
-            mode="sum",
+    ) -> tuple[Tensor | None, Tensor | None, None]:
+        directions, prototypes, winner = ctx.saved_tensors
+        for_tokens, for_prototypes, _ = ctx.needs_input_grad
+        return (
+            token_gradient(directions.shape[1], prototypes, winner, gradient)
+            if for_tokens
+            else None,
+            prototype_gradient(directions, winner, gradient) if for_prototypes else None,
+            None,
         )
-        return None, total, None
 
 
 def _search(

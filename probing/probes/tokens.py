@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +13,7 @@ from torch import Tensor
 from patchbank.pipeline.errors import TrialError
 from patchbank.probing.batch import Batch
 
+Made = TypeVar("Made")
 _CPU = torch.device("cpu")
 BLOCK_VALUES = 2**19
 """Floats that stay in a processor's cache from one step to the next."""
@@ -84,6 +85,7 @@ class Tokens:
         self.layers: tuple[Tokens, ...] = (*others, self)
         """The layers that a probe may mix, this one last."""
         self._stored, self._buffers, self._name = patches, buffers or Buffers(), name
+        self._made: dict[str, Any] = {}
         if isinstance(patches, Tensor):
             self.dtype, self.device = patches.dtype, patches.device
             self.__dict__["patches"] = patches
@@ -160,9 +162,20 @@ class Tokens:
             others=[other.take(clips) for other in self.layers[:-1]],
         )
 
+    def made(self, what: str, make: Callable[[Tokens], Made]) -> Made:
+        """What `make` gives for these tokens, made once however many trials and probes ask."""
+        if what not in self._made:
+            self._made[what] = make(self)
+        found: Made = self._made[what]
+        return found
+
+    def memory(self, what: str, *, dim: int) -> Float[Tensor, "clip patch dim"]:
+        """Uninitialised memory of that width, valid until the next batch takes it again."""
+        shape, name = (*self.shape[:2], dim), f"{what}/{self._name}"
+        return self._buffers.take(name, shape, dtype=self.dtype, device=self.device)
+
     def _take(self, what: str) -> Float[Tensor, "clip patch dim"]:
-        name = f"{what}/{self._name}"
-        return self._buffers.take(name, self.shape, dtype=self.dtype, device=self.device)
+        return self.memory(what, dim=self.shape[2])
 
     def _blocks(self) -> Iterator[slice]:
         """Clips whose floats fit a processor's cache; all of them on a GPU."""

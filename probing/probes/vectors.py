@@ -40,6 +40,10 @@ class MlpProbe(Probe):
     vector: Vector = "mean"
     dropout: float = 0.0
 
+    @property
+    def uses_prefix(self) -> bool:
+        return self.vector == "cls"
+
     def first_weights(self, random: torch.Generator) -> Weights:
         first, first_bias = uniform_linear(self.hidden, self.shape.dim, random)
         weight, bias = uniform_linear(self.shape.n_classes, self.hidden, random)
@@ -65,6 +69,10 @@ class ConcatenationProbe(Probe):
     def n_features(self) -> int:
         n_vectors = 2 if self.variant == "cls-mean" else n_frequencies(self.shape)
         return n_vectors * self.shape.dim
+
+    @property
+    def uses_prefix(self) -> bool:
+        return self.variant == "cls-mean"
 
     def first_weights(self, random: torch.Generator) -> Weights:
         weight, bias = uniform_linear(self.shape.n_classes, self.n_features, random)
