@@ -191,6 +191,7 @@ def test_a_linear_probe_mixes_means_and_makes_no_mixed_patch() -> None:
     assert "patches" not in mixed.__dict__
     assert not any("patches" in one.__dict__ for one in made)
     torch.testing.assert_close(mixed.patches, expected)
+    assert mixed.stored_directions is None, "the last layer as stored is not the mix"
 
 
 @pytest.mark.parametrize("unit", [False, True], ids=["as it is", "of unit length"])

@@ -101,7 +101,7 @@ class MixedTokens(Tokens):
         prefixes = [layer.prefix for layer in layers if layer.prefix is not None]
         prefix = mix(shares, prefixes) if prefixes else None
         super().__init__(last._stored, prefix, last.n_patches, dtype=last.dtype, device=last.device)
-        self.__dict__.pop("patches", None)
+        self.__dict__.pop("patches", None)  # the last layer's, where it is floats already
         self._sources, self._shares = tuple(layers), shares
 
     @cached_property
@@ -119,3 +119,8 @@ class MixedTokens(Tokens):
         """Mixed patches of length one, the only ones in memory where nobody asks for `patches`."""
         patches = [layer.patches for layer in self._sources]
         return mix(self._shares, patches, to_unit_length=True)
+
+    @cached_property
+    def stored_directions(self) -> None:
+        """None: nothing of a mix is stored, and its gradient goes through floats."""
+        return None
