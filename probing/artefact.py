@@ -157,12 +157,15 @@ def load_probe(folder: Path) -> ProbeArtefact:
     """The probe that `save_probe` left in `folder`; raises `TrialError` where there is none."""
     description = _read_description(folder)
     try:
-        weights = safetensors.torch.load_file(folder / "probe.safetensors")
+        stored = safetensors.torch.load_file(folder / "probe.safetensors")
     except (OSError, SafetensorError) as error:
         raise TrialError(
             f"cannot read {folder / 'probe.safetensors'} ({error}), expected the arrays that "
             "train-probe writes there; train again: patchbank train-probe"
         ) from error
+    # In the file an array starts where another ends. Products of memory that is not aligned round
+    # in another way, and a loaded probe is to predict the same to the last bit.
+    weights = {key: value.clone() for key, value in stored.items()}
     try:
         artefact = ProbeArtefact(
             **description

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -189,12 +191,29 @@ def test_a_linear_probe_mixes_means_and_makes_no_mixed_patch() -> None:
     assert "patches" not in mixed.__dict__
     assert not any("patches" in one.__dict__ for one in made)
     torch.testing.assert_close(mixed.patches, expected)
+    assert mixed.stored_directions is None, "the last layer as stored is not the mix"
 
 
-def test_a_mix_has_the_gradient_of_finite_differences() -> None:
+@pytest.mark.parametrize("unit", [False, True], ids=["as it is", "of unit length"])
+def test_a_mix_has_the_gradient_of_finite_differences(unit: bool) -> None:
     arrays = [torch.randn(2, 3, 4, dtype=torch.float64) for _ in range(3)]
     shares = torch.rand(3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda s: mix(s, arrays), [shares])
+    mixed = mix(shares, arrays, to_unit_length=unit)
+    lengths = torch.linalg.vector_norm(mixed, dim=-1)
+    assert torch.allclose(lengths, torch.ones(2, 3).double()) == unit
+    assert torch.autograd.gradcheck(lambda s: mix(s, arrays, to_unit_length=unit), [shares])
+
+
+def test_mixed_tokens_are_free_as_soon_as_nobody_holds_them() -> None:
+    seen = layers()
+    gc.disable()
+    try:
+        mixed = MixedTokens(seen.layers, torch.tensor([0.5, 0.3, 0.2]).double())
+        held = weakref.ref(mixed.directions)
+        del mixed
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def last_of(n_patches: int, n_prefix: int | None, others: list[Tokens]) -> Tokens:

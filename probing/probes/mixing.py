@@ -42,31 +42,51 @@ def _shape(layer: Tokens, kind: str) -> tuple[int, ...] | None:
 
 
 def mix(
-    shares: Float[Tensor, " layer"], arrays: Sequence[Float[Tensor, "clip ..."]]
+    shares: Float[Tensor, " layer"],
+    arrays: Sequence[Float[Tensor, "clip ..."]],
+    *,
+    to_unit_length: bool = False,
 ) -> Float[Tensor, "clip ..."]:
-    """sum_l share_l array_l, in one new array; the gradient goes to the shares alone."""
-    mixed: Tensor = _Mix.apply(shares, *arrays)  # type: ignore[no-untyped-call]
+    """sum_l share_l array_l, in one new array; the gradient goes to the shares alone.
+
+    `to_unit_length` divides the vectors of the sum by their lengths.
+    """
+    mixed: Tensor = _Mix.apply(to_unit_length, shares, *arrays)  # type: ignore[no-untyped-call]
     return mixed
 
 
 class _Mix(torch.autograd.Function):
-    """Not written with sums and products: those would keep or make an array for each layer."""
+    """Not written with sums and products: those would keep or make an array for each step."""
 
     @staticmethod
-    def forward(ctx: Any, shares: Tensor, *arrays: Tensor) -> Tensor:
-        ctx.save_for_backward(*arrays)
+    def forward(ctx: Any, to_unit_length: bool, shares: Tensor, *arrays: Tensor) -> Tensor:
         mixed = arrays[0] * shares[0]
         for share, array in zip(shares[1:], arrays[1:], strict=True):
             mixed.addcmul_(array, share)
+        unit = []
+        if to_unit_length:
+            length = torch.linalg.vector_norm(mixed, dim=-1, keepdim=True).clamp_(min=1e-12)
+            unit = [mixed.div_(length), length]
+        ctx.n_layers = len(arrays)
+        ctx.save_for_backward(*arrays, *unit)
         return mixed
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        arrays = ctx.saved_tensors
-        row = gradient.reshape(len(gradient), 1, -1)
+        arrays, unit = ctx.saved_tensors[: ctx.n_layers], ctx.saved_tensors[ctx.n_layers :]
+        if unit:
+            # The part along a vector changes its length only.
+            directions, length = unit
+            along = _dots(gradient.flatten(0, -2), directions.flatten(0, -2)).view(length.shape)
+            gradient = torch.addcmul(gradient, directions, along, value=-1).div_(length)
         # A dot product for each clip, then their sum: one over all would round more.
-        dots = [torch.bmm(row, array.reshape(len(array), -1, 1)).sum() for array in arrays]
-        return torch.stack(dots), *[None] * len(arrays)
+        dots = [_dots(gradient.flatten(1), array.flatten(1)).sum() for array in arrays]
+        return None, torch.stack(dots), *[None] * len(arrays)
+
+
+def _dots(one: Float[Tensor, "row dim"], other: Float[Tensor, "row dim"]) -> Float[Tensor, " row"]:
+    """Dot products of rows, without an array of products."""
+    return torch.bmm(one[:, None], other[..., None])[:, 0, 0]
 
 
 class MixedTokens(Tokens):
@@ -81,7 +101,7 @@ class MixedTokens(Tokens):
         prefixes = [layer.prefix for layer in layers if layer.prefix is not None]
         prefix = mix(shares, prefixes) if prefixes else None
         super().__init__(last._stored, prefix, last.n_patches, dtype=last.dtype, device=last.device)
-        self.__dict__.pop("patches", None)
+        self.__dict__.pop("patches", None)  # the last layer's, where it is floats already
         self._sources, self._shares = tuple(layers), shares
 
     @cached_property
@@ -96,6 +116,11 @@ class MixedTokens(Tokens):
 
     @cached_property
     def directions(self) -> Float[Tensor, "clip patch dim"]:
-        """Mixed patches of length one."""
-        norm: Tensor = torch.linalg.vector_norm(self.patches, dim=-1, keepdim=True)
-        return self.patches / norm.clamp(min=1e-12)
+        """Mixed patches of length one, the only ones in memory where nobody asks for `patches`."""
+        patches = [layer.patches for layer in self._sources]
+        return mix(self._shares, patches, to_unit_length=True)
+
+    @cached_property
+    def stored_directions(self) -> None:
+        """None: nothing of a mix is stored, and its gradient goes through floats."""
+        return None

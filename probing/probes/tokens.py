@@ -82,8 +82,7 @@ class Tokens:
         """(clip, patch, dim)."""
         self.prefix, self.n_patches = prefix, n_patches
         self.dtype, self.device = dtype, device
-        self.layers: tuple[Tokens, ...] = (*others, self)
-        """The layers that a probe may mix, this one last."""
+        self._others = tuple(others)
         self._stored, self._buffers, self._name = patches, buffers or Buffers(), name
         self._made: dict[str, Any] = {}
         if isinstance(patches, Tensor):
@@ -93,6 +92,12 @@ class Tokens:
     def __len__(self) -> int:
         """Clips."""
         return self.shape[0]
+
+    @property
+    def layers(self) -> tuple[Tokens, ...]:
+        """The layers that a probe may mix, this one last."""
+        # Not an attribute: tokens that hold themselves stay until Python looks for such cycles.
+        return (*self._others, self)
 
     @cached_property
     def patches(self) -> Float[Tensor, "clip patch dim"]:
