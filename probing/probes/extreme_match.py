@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from patchbank.probing.probes.best_match import _blocks
+from patchbank.probing.probes.best_match import similarities
 from patchbank.probing.probes.winners import prototype_gradient, token_gradient
 
 Matches = Float[Tensor, "clip prototype"]
@@ -64,14 +64,12 @@ def _search(
     counts: Bool[Tensor, "clip patch"] | None,
 ) -> tuple[Float[Tensor, "clip 2 prototype"], Int[Tensor, "clip 2 prototype"]]:
     """Lowest and highest similarity, and the patches that have them."""
-    n_clips, n_patches, _ = directions.shape
-    value = directions.new_empty(n_clips, 2, len(prototypes))
+    value = directions.new_empty(len(directions), 2, len(prototypes))
     winner = torch.empty(value.shape, dtype=torch.int64, device=directions.device)
-    for clips, block in _blocks(n_clips, n_patches, len(prototypes), directions.device):
-        similarity = torch.matmul(directions[clips], prototypes[block].T)
+    for clips, block, similarity in similarities(directions, prototypes):
         for side, never in enumerate((math.inf, -math.inf)):
             if counts is not None:
-                similarity.masked_fill_(~counts[clips, :, None], never)
-            found = similarity.max(dim=1) if side else similarity.min(dim=1)
-            value[clips, side, block], winner[clips, side, block] = found
+                similarity.masked_fill_(~counts[clips], never)
+            found, patch = similarity.max(dim=2) if side else similarity.min(dim=2)
+            value[clips, side, block], winner[clips, side, block] = found.T, patch.T
     return value, winner
