@@ -15,12 +15,25 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from patchbank.probing.probes.tokens import Tokens
 from patchbank.probing.probes.winners import prototype_gradient, token_gradient
 
 PROTOTYPE_BLOCK = 1024
 CPU_SCRATCH = 2**20
 """Similarities a block may hold, 4 MiB in float32: they are still cached when they are reduced."""
 DEVICE_SCRATCH = 2**26
+
+
+def match_tokens(
+    tokens: Tokens, prototypes: Float[Tensor, "prototype dim"]
+) -> Float[Tensor, "clip prototype"]:
+    """`best_match` of a batch's directions; on a GPU in one kernel, from tokens as stored."""
+    stored = tokens.stored_directions
+    if stored is None:
+        return best_match(tokens.directions, prototypes, tokens.counts)
+    from patchbank.probing.probes.best_match_triton import match_stored
+
+    return match_stored(stored, prototypes)
 
 
 def best_match(
