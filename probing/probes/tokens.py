@@ -179,6 +179,7 @@ class Tokens:
             if quantised.factors is not None:
                 return directions_of_codes(stored, quantised.factors, self.n_patches)
         return directions_of_floats(self.patches, self.n_patches)
+
     def take(self, clips: Int[Tensor, " _"]) -> Tokens:
         """The tokens of some clips, by their places in the batch, as a copy."""
         return Tokens(

@@ -17,7 +17,7 @@ from train_steps import wait_for
 from patchbank.pipeline.bank.reader import Bank
 from patchbank.probing.bank_source import BankSource
 from patchbank.probing.losses import asymmetric
-from patchbank.probing.passes import fit_stacks
+from patchbank.probing.passes import Course, fit
 from patchbank.probing.plan import batches
 from patchbank.probing.probes import PROBES, build_probe
 from patchbank.probing.probes.base import ProbeShape
@@ -104,7 +104,7 @@ class PassBench:
             for n_classes in self.class_counts:
                 yield Target(
                     f"{name}, {n_classes} classes",
-                    f"{N_TRIALS} {name} trials in one pass / {N_TRIALS} passes, {n_classes} classes",
+                    f"{N_TRIALS} {name} trials in one pass / in {N_TRIALS}, {n_classes} classes",
                     f"{N_TRIALS} trials in one pass",
                     f"{N_TRIALS} passes of one trial",
                     limit=MOST.get(name),
@@ -149,20 +149,8 @@ class PassBench:
         trials = [Trial(1e-3, 1e-4, seed) for seed in seeds]
         stack = TrialStack(name, probe, trials, device=self.device)
         settings = TrainSettings(n_epochs=1, batch_size=BATCH_SIZE, device=str(self.device))
-        targets = self.targets(n_classes)
-
-        def run() -> None:
-            fit_stacks(
-                [stack],
-                self._source(state),
-                targets,
-                self.rows,
-                loss=asymmetric,
-                settings=settings,
-                stage="bench",
-            )
-
-        return self._timed(run)
+        course = Course(stack, self.targets(n_classes), self.rows, asymmetric)
+        return self._timed(lambda: fit([course], self._source(state), settings=settings))
 
     def _load(self, state: str) -> float:
         """Seconds of the same epoch without a probe; no token is touched."""

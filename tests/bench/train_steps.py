@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -80,9 +80,7 @@ class StepBench:
 
     def step(self, stack: TrialStack, targets: Tensor) -> Tensor:
         """One step from stored tokens to updated weights; the losses before it."""
-        tokens = convert(
-            self.batch, dtype=torch.float32, device=self.device, buffers=self.buffers
-        )
+        tokens = convert(self.batch, dtype=torch.float32, device=self.device, buffers=self.buffers)
         return stack.step(tokens, targets, asymmetric, factor=1.0)
 
     def timed(self, stack: TrialStack, targets: Tensor) -> float:
@@ -102,7 +100,7 @@ class StepBench:
 
     def measures(self) -> Iterator[Measure]:
         n_prototypes = 20 * self.n_classes
-        note = f"{self.n_clips} clips of {self.shape[0]} x {self.shape[1]}, {n_prototypes:,} of them"
+        note = f"{self.n_clips} clips of {self.shape[0]} x {self.shape[1]}, {n_prototypes:,} each"
         targets = self.targets(self.n_classes)
         for name in (OWN, PLAIN):
 
@@ -140,9 +138,7 @@ class StepBench:
         if self.device.type == "cuda":
             return 0  # the kernel keeps a block in registers
         n_patches, n_prototypes = self.shape[0], 20 * self.n_classes
-        height, width = best_match._block_size(
-            self.n_clips, n_patches, n_prototypes, self.device
-        )
+        height, width = best_match.block_size(self.n_clips, n_patches, n_prototypes, self.device)
         return 4 * height * width * n_patches
 
     def family_stack(self, name: str, n_classes: int, n_trials: int) -> TrialStack:
@@ -194,6 +190,3 @@ def paper_probes() -> list[str]:
     """The paper's eleven, as far as they are there."""
     names = ("linear", "mlp", "linearc", "conv", "linpre", "mhca", "ep", "simpool", "abmilp")
     return [name for name in (*names, "proto", "protobin") if name in PROBES]
-
-
-Say = Callable[[str], None]
