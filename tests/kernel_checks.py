@@ -20,7 +20,6 @@ from patchbank.pipeline.bank.quantised import ChannelConstants
 from patchbank.probing.batch import LayerTokens
 from patchbank.probing.decoding import Dequantiser, QuantisedTokens
 from patchbank.probing.probes.best_match import best_match
-from patchbank.probing.probes.best_match_triton import match_stored
 from patchbank.probing.probes.tokens import Tokens
 
 # (clip, patch, dim, prototype): blocks filled exactly, and no axis a multiple of its block.
@@ -57,6 +56,9 @@ def stored_tokens(
 
 def check(name: str, stored: str, *, some_count: bool, device: str) -> list[str]:
     """What differs between the kernel and plain torch."""
+    # Here, so that the cases can be listed where triton is missing.
+    from patchbank.probing.probes.best_match_triton import match_stored
+
     *shape, n_prototypes = SHAPES[name]
     n_clips, n_patches, dim = shape
     counts = [1 + clip * 7 % n_patches for clip in range(n_clips)] if some_count else None
@@ -97,13 +99,13 @@ def winners_of(tokens: Tokens, prototypes: torch.Tensor) -> torch.Tensor:
 
 def check_special(device: str) -> list[str]:
     """Equal tokens: the first wins. A prototype of NaN breaks no other and reads no stray row."""
+    from patchbank.probing.probes.best_match_triton import _search, match_stored
+
     wrong = []
     tokens = stored_tokens("float16", (2, 40, 16), None, device)
     stored = tokens._as_stored()
     same = replace(stored, raw=stored.raw[:, 1:2].expand(-1, 40, -1).contiguous())
     same = replace(same, factor=stored.factor[:, 1:2].expand(-1, 40).contiguous())
-    from patchbank.probing.probes.best_match_triton import _search
-
     prototypes = torch.randn(20, 16, generator=torch.Generator().manual_seed(2)).to(device)
     _, winner = _search(same, prototypes, None)
     if winner.any():

@@ -12,6 +12,7 @@ import pytest
 import torch
 from kernel_checks import SHAPES, STORED, stored_tokens
 
+from patchbank.probing.batch import LayerTokens
 from patchbank.probing.losses import asymmetric
 from patchbank.probing.probes import build_probe
 from patchbank.probing.probes.base import ProbeShape
@@ -133,8 +134,6 @@ def test_a_gpu_trains_protobin_as_a_cpu_does(stored: str) -> None:
 @pytest.mark.gpu
 def test_no_similarity_of_all_patches_is_made_on_a_gpu() -> None:
     patches = torch.randn(16, 512, 256, dtype=torch.float16, device="cuda")
-    from patchbank.probing.batch import LayerTokens
-
     tokens = Tokens(LayerTokens(patches), dtype=torch.float32, device=patches.device)
     prototypes = torch.randn(2048, 256, device="cuda", requires_grad=True)
     match_tokens(tokens, prototypes).sum().backward()  # what is tuned is tuned
