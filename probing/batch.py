@@ -22,12 +22,26 @@ NO_LAYER = 0
 """The layer of tokens that come from no bank; a bank's layers count from 1."""
 
 
+@dataclass(frozen=True, eq=False)
+class CodeFactors:
+    """Token = code x scale x channel_scale + channel_shift, with one code a channel."""
+
+    scale: Float[Tensor, "clip patch"]
+    channel_scale: Float[Tensor, " dim"]
+    channel_shift: Float[Tensor, " dim"]
+
+
 @runtime_checkable
 class Quantised(Protocol):
     """Makes floats of the codes of one batch."""
 
     @property
     def dim(self) -> int: ...
+
+    @property
+    def factors(self) -> CodeFactors | None:
+        """What the floats are made with; None where codes are packed or rotated too."""
+        ...
 
     def all(self, raw: Shaped[Tensor, "clip patch width"]) -> Float[Tensor, "clip patch dim"]:
         """Float32, in memory that the next batch overwrites."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from patchbank.pipeline.bank.dtypes import StoredType
 from patchbank.pipeline.bank.quantised import ChannelConstants
+from patchbank.probing.batch import CodeFactors
 
 CACHED_VALUES = 2**19
 """Floats that stay in a processor's cache from one step to the next."""
@@ -37,6 +38,12 @@ class Dequantiser:
     @property
     def dim(self) -> int:
         return len(self._shift)
+
+    def factors(self, scale: Float[Tensor, "clip patch"]) -> CodeFactors | None:
+        """See `batch.Quantised.factors`."""
+        if self._rotation is not None or self._stored.n_packed > 1:
+            return None
+        return CodeFactors(scale, self._channel_scale, self._shift)
 
     def all(
         self, raw: Shaped[Tensor, "clip patch width"], scale: Float[Tensor, "clip patch"]
@@ -86,6 +93,10 @@ class QuantisedTokens:
     @property
     def dim(self) -> int:
         return self.dequantiser.dim
+
+    @property
+    def factors(self) -> CodeFactors | None:
+        return self.dequantiser.factors(self.scale)
 
     def all(self, raw: Shaped[Tensor, "clip patch width"]) -> Float[Tensor, "clip patch dim"]:
         return self.dequantiser.all(raw, self.scale)

@@ -1,4 +1,4 @@
-"""The benchmarks of banks and of extraction at work on a few small clips: they run and clean up."""
+"""The benchmarks at work on a few small clips: they run and clean up."""
 
 from __future__ import annotations
 
@@ -49,6 +49,89 @@ def test_the_bank_is_measured_against_limits_and_zarr(tmp_path: Path) -> None:
     assert found["machine"]["cores"] >= 1
     assert "ring_bytes" in table
     assert max(map(len, table.splitlines())) <= 100
+
+
+def test_training_is_measured_against_plain_autograd_and_the_loader(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    command = [
+        sys.executable,
+        BENCH / "train.py",
+        "--rounds",
+        "2",
+        "--clips",
+        "64",
+        "--no-pretouch",
+    ]
+    tiny = ["--shape", "32", "128", "--step-classes", "3"]
+    hours = ["--hours-clips", "2", "--hours-classes", "2", "4"]
+    done = subprocess.run(
+        [*map(str, command), *tiny, *hours, "--folder", tmp_path / "work", "--json", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    if "choose another --folder" in done.stderr:
+        pytest.skip(done.stderr.splitlines()[-1])
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    ratios = found["ratios"]
+    assert {"linpre", "mhca"} <= {word for name in ratios for word in name.split()}
+    assert len(ratios) >= 5
+    assert all(ratio["n_rounds"] == 2 and ratio["median"] > 0 for ratio in ratios.values())
+    assert found["step"]["loss difference"] < 1e-5
+    assert found["step"]["weight difference"] < 1e-4
+    bank_bytes = 64 * 32 * 128 * 2
+    for passes in found["bytes"].values():
+        assert all(one["asked"] >= bank_bytes for one in passes)
+    assert 0 < found["hours"]["stacked in one pass"] < found["hours"]["one run one read"]
+    assert set(found["steps"]) >= {"linear", "linpre", "mhca", "protobin"}
+    if not torch.cuda.is_available():
+        assert "no GPU: missing" in done.stdout
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_a_study_in_hours_is_the_arithmetic_it_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import train_hours
+    from train_hours import StepTimes, n_steps, projection
+
+    assert len(train_hours.SETS) * train_hours.N_RUNS * train_hours.N_PAIRS == 48_510
+    assert n_steps(129) == 60
+    # 1 s for ten classes and 0.1 s a class more; another trial costs half a second.
+    slow = StepTimes({(10, 1): 1.0, (10, 3): 2.0, (20, 1): 2.0, (20, 3): 3.0})
+    assert slow.step_s(10, 1) == 1.0
+    assert slow.step_s(30, 5) == pytest.approx(3.0 + 4 * 0.5)
+    monkeypatch.setattr(train_hours, "SETS", {"one": (10, 128), "two": (20, 256)})
+    found = projection({"slow": slow}, None)
+    runs = 63 * 55 * (30 * 1.0 + 60 * 2.0) / 3_600
+    assert found["one run one read"] == pytest.approx(runs)
+    stacked = 30 * (25.5 + 3.0) + 60 * (26.5 + 4.0)
+    assert found["stacked in one pass"] == pytest.approx(63 * stacked / 3_600)
+    # Where reading is slower than computing, a run lasts as long as its reads.
+    read = projection({"slow": slow}, 128 / 100.0)
+    assert read["one run one read"] == pytest.approx(63 * 55 * 90 * 100.0 / 3_600)
+    assert read["stacked in one pass"] == pytest.approx(63 * 2 * 90 * 100.0 / 3_600)
+
+
+def test_ratios_of_training_are_paired_and_held_against_both_kinds_of_target(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    from train_report import Figures, Target, ratio_table
+
+    figures = Figures()
+    for number, (together, apart) in enumerate([(1.0, 10.0), (8.0, 16.0), (2.0, 10.0)]):
+        figures.add("s: together", number, together)
+        figures.add("s: apart", number, apart)
+    figures.add("s: apart", 3, 1.0)
+    low = Target("s", "low", "together", "apart", limit=0.15, is_most=True)
+    high = Target("s", "high", "apart", "together", limit=1.6)
+    unknown = Target("s", "unknown", "apart", "never measured", limit=1.0)
+    _, _, *found = ratio_table([low, high, unknown], figures)
+    assert found == [
+        "| low | 0.20 (0.10-0.50) | at most 0.15 | missed |",
+        "| high | 5.00 (2.00-10.00) | at least 1.6 | met |",
+    ]
 
 
 @pytest.mark.slow

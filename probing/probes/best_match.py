@@ -8,18 +8,32 @@ the winning token of each prototype: a gather, not a second product.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from patchbank.probing.probes.tokens import Tokens
 from patchbank.probing.probes.winners import prototype_gradient, token_gradient
 
 PROTOTYPE_BLOCK = 1024
-CPU_SCRATCH = 2**22
-"""Similarities a block may hold, 16 MiB: smaller ones pay for waking threads, larger for paging."""
+CPU_SCRATCH = 2**20
+"""Similarities a block may hold, 4 MiB in float32: they are still cached when they are reduced."""
 DEVICE_SCRATCH = 2**26
+
+
+def match_tokens(
+    tokens: Tokens, prototypes: Float[Tensor, "prototype dim"]
+) -> Float[Tensor, "clip prototype"]:
+    """`best_match` of a batch's directions; on a GPU in one kernel, from tokens as stored."""
+    stored = tokens.stored_directions
+    if stored is None:
+        return best_match(tokens.directions, prototypes, tokens.counts)
+    from patchbank.probing.probes.best_match_triton import match_stored
+
+    return match_stored(stored, prototypes)
 
 
 def best_match(
@@ -76,28 +90,43 @@ def _search(
     winner: Int[Tensor, "clip prototype"] | None = None,
 ) -> Float[Tensor, "clip prototype"]:
     """The best similarity; writes the patch that has it into `winner`, where that is given."""
-    n_clips, n_patches, _ = directions.shape
-    best = directions.new_empty(n_clips, len(prototypes))
-    for clips, block in _blocks(n_clips, n_patches, len(prototypes), directions.device):
-        similarity = torch.matmul(directions[clips], prototypes[block].T)
+    best = directions.new_empty(len(directions), len(prototypes))
+    for clips, block, similarity in similarities(directions, prototypes):
         if counts is not None:
-            similarity.masked_fill_(~counts[clips, :, None], -math.inf)
+            similarity.masked_fill_(~counts[clips], -math.inf)
         if winner is None:
-            best[clips, block] = similarity.amax(dim=1)
+            best[clips, block] = similarity.amax(dim=2).T
         else:
-            best[clips, block], winner[clips, block] = similarity.max(dim=1)
+            value, patch = similarity.max(dim=2)
+            best[clips, block], winner[clips, block] = value.T, patch.T
     return best
 
 
-def _blocks(
+def similarities(
+    directions: Float[Tensor, "clip patch dim"], prototypes: Float[Tensor, "prototype dim"]
+) -> Iterator[tuple[slice, slice, Float[Tensor, "_prototype _clip patch"]]]:
+    """(clips, prototypes, their similarities) block by block; the next overwrites the last.
+
+    One clip's patches lie side by side, so that looking for the highest is a walk through memory:
+    with prototypes side by side it took 0.2 of the product's time, this way 0.06.
+    """
+    n_clips, n_patches, dim = directions.shape
+    height, width = block_size(n_clips, n_patches, len(prototypes), directions.device)
+    # One piece of memory for all blocks: a fresh one each takes longer than the maximum.
+    scratch = directions.new_empty(height * width * n_patches)
+    for first in range(0, len(prototypes), width):
+        for start in range(0, n_clips, height):
+            clips, block = slice(start, start + height), slice(first, first + width)
+            some, flat = prototypes[block], directions[clips].reshape(-1, dim)
+            out = scratch[: len(some) * len(flat)].view(len(some), len(flat))
+            torch.mm(some, flat.T, out=out)
+            yield clips, block, out.view(len(some), -1, n_patches)
+
+
+def block_size(
     n_clips: int, n_patches: int, n_prototypes: int, device: torch.device
-) -> list[tuple[slice, slice]]:
-    """(clips, prototypes) blocks whose similarities fit the scratch."""
+) -> tuple[int, int]:
+    """(clips, prototypes) whose similarities fit the scratch."""
     scratch = CPU_SCRATCH if device.type == "cpu" else DEVICE_SCRATCH
-    width = min(n_prototypes, PROTOTYPE_BLOCK)
-    height = max(1, scratch // (n_patches * width))
-    return [
-        (slice(clip, clip + height), slice(prototype, prototype + width))
-        for prototype in range(0, n_prototypes, width)
-        for clip in range(0, n_clips, height)
-    ]
+    width = max(1, min(n_prototypes, PROTOTYPE_BLOCK))
+    return max(1, min(n_clips, scratch // (n_patches * width))), width

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from itertools import product
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from patchbank.probing.probes import best_match
+from patchbank.probing.probes.best_match import similarities
 from patchbank.probing.probes.winners import prototype_gradient, token_gradient
 
 Matches = Float[Tensor, "clip prototype"]
@@ -65,33 +64,12 @@ def _search(
     counts: Bool[Tensor, "clip patch"] | None,
 ) -> tuple[Float[Tensor, "clip 2 prototype"], Int[Tensor, "clip 2 prototype"]]:
     """Lowest and highest similarity, and the patches that have them."""
-    n_clips, n_patches, _ = directions.shape
-    value = directions.new_empty(n_clips, 2, len(prototypes))
+    value = directions.new_empty(len(directions), 2, len(prototypes))
     winner = torch.empty(value.shape, dtype=torch.int64, device=directions.device)
-    width = min(len(prototypes), best_match.PROTOTYPE_BLOCK)
-    height = min(n_clips, max(1, _scratch_size(directions.device) // (n_patches * width)))
-    scratch = directions.new_empty(height * width * n_patches)
-    for first, start in product(range(0, len(prototypes), width), range(0, n_clips, height)):
-        clips, block = slice(start, start + height), slice(first, first + width)
-        similarity = _similarity(directions[clips], prototypes[block], scratch)
+    for clips, block, similarity in similarities(directions, prototypes):
         for side, never in enumerate((math.inf, -math.inf)):
             if counts is not None:
                 similarity.masked_fill_(~counts[clips], never)
-            found = similarity.max(dim=2) if side else similarity.min(dim=2)
-            value[clips, side, block], winner[clips, side, block] = found[0].T, found[1].T
+            found, patch = similarity.max(dim=2) if side else similarity.min(dim=2)
+            value[clips, side, block], winner[clips, side, block] = found.T, patch.T
     return value, winner
-
-
-def _similarity(
-    directions: Float[Tensor, "clip patch dim"],
-    prototypes: Float[Tensor, "prototype dim"],
-    scratch: Float[Tensor, " value"],
-) -> Float[Tensor, "prototype clip patch"]:
-    """All similarities of a block, in `scratch`; a clip's patches side by side in memory."""
-    shape = (len(prototypes), *directions.shape[:2])
-    out = scratch[: math.prod(shape)].view(len(prototypes), -1)
-    return torch.mm(prototypes, directions.flatten(0, 1).T, out=out).view(shape)
-
-
-def _scratch_size(device: torch.device) -> int:
-    return best_match.CPU_SCRATCH if device.type == "cpu" else best_match.DEVICE_SCRATCH

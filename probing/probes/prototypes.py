@@ -23,7 +23,7 @@ from patchbank.probing.probes.base import (
     check_options,
     uniform_linear,
 )
-from patchbank.probing.probes.best_match import best_match
+from patchbank.probing.probes.best_match import match_tokens
 from patchbank.probing.probes.class_blocks import apply_class_blocks
 from patchbank.probing.probes.tokens import Tokens
 
@@ -68,7 +68,7 @@ class PrototypeProbe(Probe):
         latent = weights["prototypes"]
         directions = F.normalize(binarise(latent) if self.is_binary else latent, dim=-1)
         # All trials' prototypes meet the shared tokens in one product.
-        best = best_match(tokens.directions, directions.flatten(0, 1), tokens.counts)
+        best = match_tokens(tokens, directions.flatten(0, 1))
         features = best.view(len(best), len(latent), -1).transpose(0, 1)
         kept = apply_dropout(features, self.dropout, dropout)
         return apply_class_blocks(kept, weights["weight"], weights["bias"])

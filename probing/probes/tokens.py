@@ -11,7 +11,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from patchbank.pipeline.errors import TrialError
-from patchbank.probing.batch import Batch
+from patchbank.probing.batch import Batch, LayerTokens
+from patchbank.probing.probes.stored_directions import (
+    StoredDirections,
+    directions_of_codes,
+    directions_of_floats,
+    has_triton,
+)
 
 Made = TypeVar("Made")
 _CPU = torch.device("cpu")
@@ -157,6 +163,27 @@ class Tokens:
             else:
                 torch.div(ready[clips], _length(ready[clips]), out=block)
         return out
+
+    @cached_property
+    def stored_directions(self) -> StoredDirections | None:
+        """Directions without floats, for a GPU's own kernel; None where they are to be floats."""
+        ready: Tensor | None = self.__dict__.get("patches")
+        if (self.device.type, self.dtype) != ("cuda", torch.float32) or (
+            (ready is not None and ready.requires_grad) or not has_triton()
+        ):
+            return None
+        return self._as_stored()
+
+    def _as_stored(self) -> StoredDirections:
+        """Int4 codes become floats first; other tokens stay as they are."""
+        stored = self._stored
+        if isinstance(stored, LayerTokens) and stored.raw is not None:
+            quantised = stored.quantised
+            if quantised is None:
+                return directions_of_floats(stored.raw.to(self.device), self.n_patches)
+            if quantised.factors is not None:
+                return directions_of_codes(stored, quantised.factors, self.n_patches)
+        return directions_of_floats(self.patches, self.n_patches)
 
     def take(self, clips: Int[Tensor, " _"]) -> Tokens:
         """The tokens of some clips, by their places in the batch, as a copy."""

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The GPU tests and the benchmark of extraction on a fresh machine that has torch 2.11, torchaudio,
+# The GPU tests and the benchmarks of extraction and of training on a fresh machine that has torch 2.11, torchaudio,
 # triton, numpy, scikit-learn and typer, and no network:
 #
-#   OUT=results bash tests/bench/gpu.sh [tests] [bench]          both unless one is named
+#   OUT=results bash tests/bench/gpu.sh [tests] [bench] [train]          all unless some are named
 #
 # What else is needed lies as wheels in WHEELS: wheels/ in the checkout, or beside it. They are
 # fetched where there is a network, for the Python version of that machine (here 3.11):
@@ -22,7 +22,8 @@
 #
 # SECONDS_EACH and ROUNDS fit the benchmark into the time there is: 20 and 3 take about ten minutes.
 # Banks are written below TMPDIR, 768 KiB a clip. After MOST_S the
-# benchmark prints what it has measured. Leaves 1 where anything failed, after all of it.
+# benchmark of extraction prints what it has measured; that of training takes about five minutes and
+# is ended after TRAIN_MOST_S. Leaves 1 where anything failed, after all of it.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 out=${OUT:-out}
@@ -48,7 +49,7 @@ asked="$*"
 
 if is_asked tests; then
   tests=()
-  for name in loader_gpu frontends lanes extract_gpu; do
+  for name in loader_gpu frontends lanes extract_gpu best_match_triton; do
     if [ -f "tests/test_$name.py" ]; then
       tests+=("tests/test_$name.py")
     else
@@ -62,5 +63,11 @@ if is_asked bench; then
   timeout "${MOST_S:-840}" "$python" tests/bench/extract.py --device cuda --rounds "${ROUNDS:-3}" \
     --seconds "${SECONDS_EACH:-20}" --files 256 --json "$out/extract.json" \
     2> >(tee "$out/extract.log" >&2) | tee "$out/extract.md" || failed=1
+fi
+
+if is_asked train; then
+  timeout "${TRAIN_MOST_S:-600}" "$python" tests/bench/train.py --device cuda \
+    --rounds "${ROUNDS:-3}" --classes 10 50 --json "$out/train.json" \
+    2> >(tee "$out/train.log" >&2) | tee "$out/train.md" || failed=1
 fi
 exit "$failed"
