@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -333,6 +333,21 @@ def test_a_module_says_its_learning_rates_and_whether_it_mixes_layers() -> None:
     mixed = probe_of(Mixed, ProbeShape(8, 3, n_layers=2))
     assert mixed.mixes_layers
     assert mixed.note == "trials in one product"
+
+
+def test_what_a_module_sees_of_the_prefix_is_found_out() -> None:
+    assert probe_of(Attentive).uses_prefix
+    assert not probe_of(Pooled).uses_prefix
+    assert not probe_of(Pooled, ProbeShape(8, 3)).uses_prefix
+
+
+def test_a_module_may_state_its_options() -> None:
+    class Stated(Pooled):
+        options: ClassVar[dict[str, float]] = {"rate": 0.5, "depth": 2}
+
+    build = PluginBuild("mine", "mine.py", lambda shape, options: Stated())
+    assert build(SHAPE, {"rate": 0.25}).options == {"rate": 0.25, "depth": 2}
+    assert probe_of(Pooled).options == {}
 
 
 def crash(values: Tensor) -> Tensor:

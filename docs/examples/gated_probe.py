@@ -16,6 +16,7 @@ class GatedProbe(nn.Module):
 
     def __init__(self, dim: int, n_classes: int, dropout: float) -> None:
         super().__init__()
+        self.options = {"dropout": dropout}
         self.norm = nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
         self.attention = nn.Linear(dim, n_classes)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from patchbank.pipeline.errors import TrialError
 from patchbank.probing.probes.base import Dropout, Logits, Options, Probe, ProbeShape, Weights
-from patchbank.probing.probes.stacking import why_one_by_one
+from patchbank.probing.probes.stacking import sees_prefix, why_one_by_one
 from patchbank.probing.probes.tokens import Tokens
 from patchbank.probing.probes.trial_dropout import Draws, replace_dropout
 from patchbank.probing.randomness import seeded
@@ -43,7 +43,13 @@ class ModuleProbe(Probe):
 
     @property
     def options(self) -> dict[str, Any]:
-        return dict(self.given)
+        """What the module states as its `options`, and what it was given."""
+        return {**getattr(self._module, "options", {}), **self.given}
+
+    @cached_property
+    def uses_prefix(self) -> bool:
+        """Found out by trying other prefix tokens."""
+        return sees_prefix(self)
 
     @property
     def buffers(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""Whether torch can compute all trials of a user's module at once: by trying."""
+"""What a user's module is like, by trying: whether its trials stack, whether it sees the prefix."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from patchbank.pipeline.errors import PatchbankError, TrialError, place_in, told
-from patchbank.probing.probes.base import Dropout, Logits, Weights, stacked_weights
+from patchbank.probing.probes.base import Dropout, Logits, ProbeShape, Weights, stacked_weights
 from patchbank.probing.probes.made_tokens import made_tokens
 from patchbank.probing.probes.tokens import Tokens
 from patchbank.probing.randomness import generator, seeded
@@ -43,8 +43,7 @@ def why_one_by_one(probe: ModuleProbe) -> str | None:
 
     Raises `TrialError` where a trial alone does not work either.
     """
-    one_layer = replace(probe.shape, n_layers=1)
-    shape = probe.shape if probe.mixes_layers else one_layer
+    shape = _shape(probe)
     first = stacked_weights(probe, f"trying {probe.name}", range(N_TRIALS))
     whole = made_tokens(shape, n_clips=N_CLIPS)
     counts = [1 + index * whole.shape[1] // N_CLIPS for index in range(N_CLIPS)]
@@ -67,6 +66,23 @@ def why_one_by_one(probe: ModuleProbe) -> str | None:
             if not _are_close(stack, alone):
                 return "stacked, it gives other values"
     return None
+
+
+def sees_prefix(probe: ModuleProbe) -> bool:
+    """Whether other prefix tokens give other logits; False where there are none."""
+    if not probe.shape.n_prefix:
+        return False
+    weights = stacked_weights(probe, f"trying {probe.name}", [0])
+    made, other = made_tokens(_shape(probe)), made_tokens(_shape(probe), seed=1)
+    layers: list[Tokens] = []
+    for mine, its in zip(made.layers, other.layers, strict=True):
+        layers.append(Tokens(mine.patches, its.prefix, others=tuple(layers)))
+    with torch.no_grad():
+        return not torch.equal(probe.logits(weights, made), probe.logits(weights, layers[-1]))
+
+
+def _shape(probe: ModuleProbe) -> ProbeShape:
+    return probe.shape if probe.mixes_layers else replace(probe.shape, n_layers=1)
 
 
 def _looped(probe: ModuleProbe) -> Apply:
