@@ -73,6 +73,11 @@ class ModuleProbe(Probe):
         return bool(getattr(self._module, "mixes_layers", False))
 
     @property
+    def trials_at_once(self) -> int | None:
+        # In a loop, memory has to hold what one trial keeps for its gradient.
+        return None if self._hindrance is None else 1
+
+    @property
     def note(self) -> str:
         """How its trials are trained."""
         return f"trials {self.stacking}"
