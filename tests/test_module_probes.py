@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from patchbank.pipeline.errors import TrialError
 from patchbank.probing.losses import asymmetric
+from patchbank.probing.probes import module
 from patchbank.probing.probes.base import Probe, ProbeShape, n_parameters, stacked_weights
 from patchbank.probing.probes.made_tokens import made_tokens
 from patchbank.probing.probes.module import ModuleProbe
 from patchbank.probing.probes.plugin_build import PluginBuild
+from patchbank.probing.probes.stacking import values_kept
 from patchbank.probing.probes.tokens import Tokens
 from patchbank.probing.randomness import generator
 from patchbank.probing.trials import Trial, TrialStack
@@ -308,6 +310,29 @@ def test_tokens_may_want_a_gradient(what: str) -> None:
         slopes.append(torch.autograd.grad(logits.square().sum(), patches)[0])
     assert bool(slopes[0].abs().sum(dim=(1, 2)).all())
     torch.testing.assert_close(slopes[0], slopes[1])
+
+
+def test_as_many_trials_go_together_as_memory_is_well_spent_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert probe_of(Attentive).trials_at_once is None
+    assert probe_of(ONE_BY_ONE["item"][0]).trials_at_once == 1
+    # Of every patch of 64 clips it keeps the 8 numbers that dropout leaves, and a few scores.
+    kept = values_kept(probe_of(Attentive))
+    assert 64 * 12 * 8 < kept < 2 * 64 * 12 * 8
+    whole, losses = trained(probe_of(Attentive), TRIALS, n_steps=4)
+    for n_trials, words in (
+        (2, "trials 2 at a time, for the"),
+        (1, "trials one at a time, for the"),
+    ):
+        monkeypatch.setattr(module, "KEPT_AT_ONCE", n_trials * kept)
+        probe = probe_of(Attentive)
+        assert words in probe.note
+        parts, own_losses = trained(probe, TRIALS, n_steps=4)
+        assert len(parts.parts) == -(-3 // n_trials)
+        torch.testing.assert_close(own_losses, losses, rtol=1e-6, atol=0)
+        for key, value in whole.weights.items():
+            torch.testing.assert_close(parts.weights[key], value, rtol=1e-6, atol=1e-9)
 
 
 class Rated(Pooled):

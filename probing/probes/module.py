@@ -18,13 +18,18 @@ from torch import Tensor, nn
 
 from patchbank.pipeline.errors import TrialError
 from patchbank.probing.probes.base import Dropout, Logits, Options, Probe, ProbeShape, Weights
-from patchbank.probing.probes.stacking import sees_prefix, why_one_by_one
+from patchbank.probing.probes.stacking import sees_prefix, values_kept, why_one_by_one
 from patchbank.probing.probes.tokens import Tokens
 from patchbank.probing.probes.trial_dropout import Draws, replace_dropout
 from patchbank.probing.randomness import seeded
 
 Outcome = tuple[Float[Tensor, "*trial clip class"], Weights]
 """Logits, and what the buffers have become."""
+
+KEPT_AT_ONCE = 2**22
+"""Numbers kept for gradients in one product, 16 MiB."""
+MANY_TRIALS = 64
+"""No limit is stated above that many."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +77,13 @@ class ModuleProbe(Probe):
         """The module's `mixes_layers`, False where it has none."""
         return bool(getattr(self._module, "mixes_layers", False))
 
-    @property
+    @cached_property
     def trials_at_once(self) -> int | None:
-        # In a loop, memory has to hold what one trial keeps for its gradient.
-        return None if self._hindrance is None else 1
+        """As many as fit `KEPT_AT_ONCE`: beyond, a product is no faster and takes more memory."""
+        if self._hindrance is not None:
+            return 1
+        most = KEPT_AT_ONCE // values_kept(self)
+        return None if most >= MANY_TRIALS else max(1, most)
 
     @property
     def note(self) -> str:
@@ -84,8 +92,13 @@ class ModuleProbe(Probe):
 
     @property
     def stacking(self) -> str:
-        """ "in one product", or "one by one: REASON"."""
-        return "in one product" if self._hindrance is None else f"one by one: {self._hindrance}"
+        """ "in one product", or "one by one: REASON", or how many fit into a product."""
+        if self._hindrance is not None:
+            return f"one by one: {self._hindrance}"
+        if self.trials_at_once is None:
+            return "in one product"
+        most = "one" if self.trials_at_once == 1 else f"{self.trials_at_once}"
+        return f"{most} at a time, for the memory that each takes"
 
     @cached_property
     def _hindrance(self) -> str | None:
@@ -118,10 +131,11 @@ class ModuleProbe(Probe):
 
     def logits(self, weights: Weights, tokens: Tokens, *, dropout: Dropout | None = None) -> Logits:
         n_trials = len(next(iter(weights.values())))
-        # A trial alone needs no product, but in training it has to draw what it draws in one.
-        if (n_trials > 1 or dropout is not None) and self._hindrance is None:
+        if n_trials > 1 and self._hindrance is None:
             return self.stacked(weights, tokens, dropout)
-        return self.looped(weights, tokens, dropout)
+        # A trial alone needs no product, but in training it has to draw what it draws in one.
+        is_seeded = dropout is None or self._hindrance is not None
+        return self.looped(weights, tokens, dropout, is_seeded=is_seeded)
 
     def stacked(self, weights: Weights, tokens: Tokens, dropout: Dropout | None) -> Logits:
         """All trials at once."""

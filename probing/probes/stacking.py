@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Apply = Callable[[Weights, Tokens, Dropout | None], Logits]
 N_TRIALS, N_CLIPS = 2, 16
+BATCH = 64
 TOLERANCE = 1e-3
 """Largest difference by largest value of an array, in float32."""
 ROUNDING = 1e-4
@@ -66,6 +67,32 @@ def why_one_by_one(probe: ModuleProbe) -> str | None:
             if not _are_close(stack, alone):
                 return "stacked, it gives other values"
     return None
+
+
+def values_kept(probe: ModuleProbe) -> int:
+    """Numbers that one trial keeps for its gradient of a batch of `BATCH` clips.
+
+    Tokens and weights do not count, which are there anyway.
+    """
+    weights = {
+        key: value.requires_grad_(key not in probe.buffers)
+        for key, value in stacked_weights(probe, f"trying {probe.name}", [0]).items()
+    }
+    tokens = made_tokens(_shape(probe), n_clips=N_CLIPS)
+    shared = [getattr(one, name) for one in tokens.layers for name in ("patches", "directions")]
+    known = {value.untyped_storage().data_ptr() for value in (*shared, *weights.values())}
+    kept: dict[int, int] = {}
+
+    def count(value: Tensor) -> Tensor:
+        place = value.untyped_storage().data_ptr()
+        if place not in known:
+            kept[place] = max(value.numel(), kept.get(place, 0))
+        return value
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda value: value):
+        # Held until all is counted, as memory that is free again is given out twice.
+        logits = probe.looped(weights, tokens, [generator("trying", 0)])
+        return logits.numel() + sum(kept.values()) * BATCH // N_CLIPS
 
 
 def sees_prefix(probe: ModuleProbe) -> bool:
