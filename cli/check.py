@@ -1,22 +1,29 @@
-"""`patchbank check`: whether an encoder keeps what a bank builds on."""
+"""`patchbank check`: whether an encoder or a probe keeps what others build on."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from patchbank.cli.encoder_options import FrontEndConstants, Preset, Weights, parse_constants
-from patchbank.pipeline.errors import EncoderError
+from patchbank.pipeline.errors import EncoderError, TrialError
 
 if TYPE_CHECKING:
     from patchbank.pipeline.encoders.contract import CheckResult
+    from patchbank.probing.probes.contract import CheckResult as ProbeResult
+
+    AnyResult = CheckResult | ProbeResult
 
 
 def check(
-    encoder: Annotated[
+    reference: Annotated[
         str,
-        typer.Argument(metavar="FILE.py|NAME", help="An encoder of your own, or one by its name."),
+        typer.Argument(
+            metavar="FILE.py|NAME", help="An encoder or a probe: your own, or one by its name."
+        ),
     ],
     weights: Weights = None,
     preset: Preset = None,
@@ -27,12 +34,20 @@ def check(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "cpu",
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Try an encoder: shapes, order, finite and repeatable tokens, no mixing within a batch.
+    """Try an encoder (a file that has load) or a probe (a file that has build).
 
-    Status 1 where a check fails. docs/encoders.md explains each.
+    An encoder: shapes, order, finite and repeatable tokens, no mixing within a batch. A probe:
+    seeds, masks, no mixing of clips or trials; of the options only --json is for probes. Status 1
+    where a check fails. docs/encoders.md and docs/probes.md explain each.
     """
-    import json
-    from dataclasses import asdict
+    report = None if json_output else print_result
+    if is_probe(reference):
+        if weights or preset or frontend:
+            raise typer.BadParameter(
+                f"--weights, --preset and --frontend are for encoders; {reference} is a probe"
+            )
+        _conclude("probe", reference, _try_probe(reference, report), json_output=json_output)
+        return
 
     from patchbank.pipeline.encoders import load_encoder
     from patchbank.pipeline.encoders.checks import ANOTHER_WINDOW
@@ -42,30 +57,93 @@ def check(
     chosen, constants = choose_device(device), parse_constants(frontend)
     results = check_encoder(
         lambda: load_encoder(
-            encoder, weights=weights, device=chosen, preset=preset, frontend=constants
+            reference, weights=weights, device=chosen, preset=preset, frontend=constants
         ),
-        reference=encoder,
+        reference=reference,
         window_s=window_s,
         device=chosen,
-        report=None if json_output else print_result,
+        report=report,
     )
+    refused = [result.found for result in results if result.hint == ANOTHER_WINDOW]
+    blame = f"{refused[0]}; this says nothing of {reference}: {ANOTHER_WINDOW}" if refused else ""
+    _conclude("encoder", reference, results, blame=blame, json_output=json_output)
+
+
+def is_probe(reference: str) -> bool:
+    """Whether a file has `build` and no `load`; or whether a name is no encoder's but a probe's."""
+    if reference.endswith(".py"):
+        names = _names_of(Path(reference).expanduser())
+        return "build" in names and "load" not in names
+
+    from patchbank.pipeline.encoders.discovery import is_known
+
+    if is_known(reference):
+        return False
+
+    from patchbank.probing.probes import PROBES
+    from patchbank.probing.probes.installed import installed_probes
+
+    return reference in PROBES or reference in dict(installed_probes())
+
+
+def _names_of(path: Path) -> set[str]:
+    """What a file defines at its top level, without running it."""
+    import ast
+
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):
+        return set()  # told by whoever loads it
+    names: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.ImportFrom | ast.Import):
+            names.update(alias.asname or alias.name for alias in node.names)
+        elif isinstance(node, ast.Assign):
+            names.update(one.id for one in node.targets if isinstance(one, ast.Name))
+    return names
+
+
+def _try_probe(reference: str, report: Callable[[AnyResult], None] | None) -> tuple[AnyResult, ...]:
+    from patchbank.probing.probes import find_build
+    from patchbank.probing.probes.contract import check_probe
+
+    name, build = find_build(reference)
+    return check_probe(build, name=name, report=report)
+
+
+def _conclude(
+    kind: Literal["encoder", "probe"],
+    reference: str,
+    results: Sequence[AnyResult],
+    *,
+    blame: str = "",
+    json_output: bool,
+) -> None:
+    """Prints what came out; raises where a check failed, `blame` where it is not the checked's."""
+    import json
+    from dataclasses import asdict
+
     failed = [result.name for result in results if result.outcome == "failed"]
     if json_output:
         checks = [asdict(result) for result in results]
-        print(json.dumps({"encoder": encoder, "passed": not failed, "checks": checks}))
-    refused = [result for result in results if result.hint == ANOTHER_WINDOW]
-    if refused:
-        raise EncoderError(f"{refused[0].found}; this says nothing of {encoder}: {ANOTHER_WINDOW}")
+        print(json.dumps({kind: reference, "passed": not failed, "checks": checks}))
+    error = EncoderError if kind == "encoder" else TrialError
+    if blame:
+        raise error(blame)
     if failed:
-        raise EncoderError(
-            f"{encoder} fails {len(failed)} of {len(results)} checks: {', '.join(failed)}; repair "
-            "it before you extract with it, a bank would keep the mistake"
+        use = "extract" if kind == "encoder" else "train"
+        kept = "a bank" if kind == "encoder" else "every result"
+        raise error(
+            f"{reference} fails {len(failed)} of {len(results)} checks: {', '.join(failed)}; "
+            f"repair it before you {use} with it, {kept} would keep the mistake"
         )
     if not json_output:
-        print(f"{encoder}: keeps the contract")
+        print(f"{reference}: keeps the contract")
 
 
-def print_result(result: CheckResult) -> None:
+def print_result(result: AnyResult) -> None:
     """One check; a line where it passed, and what is wrong where it did not."""
     from patchbank.cli.listing import print_beside
 

@@ -6,6 +6,7 @@ prints it without a traceback and leaves with status 1.
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -83,3 +84,22 @@ class BankCorrupt(BankError):
 
 class TrialError(PatchbankError):
     """A probe cannot be trained or applied as asked."""
+
+
+def place_in(file: str | None, error: BaseException) -> str | None:
+    """The deepest line of `file` that an error came through, as `file:line`."""
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename == file
+    ]
+    return f"{file}:{lines[-1]}" if lines else None
+
+
+def told(error: BaseException, file: str | None = None) -> str:
+    """What a stranger's error says, after the deepest line of `file` that it came through."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}: {error.msg}"
+    said = f"{type(error).__name__}: {error}"
+    place = place_in(file, error)
+    return f"{place}: {said}" if place else said

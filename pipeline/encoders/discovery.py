@@ -9,7 +9,6 @@ import difflib
 import hashlib
 import importlib.util
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -20,7 +19,7 @@ from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from patchbank.pipeline.encoders.catalogue import ENCODERS, shipped
-from patchbank.pipeline.errors import EncoderError, PatchbankError
+from patchbank.pipeline.errors import EncoderError, PatchbankError, told
 
 if TYPE_CHECKING:
     from patchbank.pipeline.encoders.base import Encoder
@@ -112,7 +111,7 @@ def _import(offer: InstalledEncoder) -> object:
     except Exception as error:
         raise EncoderError(
             f"encoder {offer.name!r} of {offer.distribution} cannot be imported from "
-            f"{offer.value}: {_told(error, None)}; repair or uninstall that package"
+            f"{offer.value}: {told(error, None)}; repair or uninstall that package"
         ) from error
 
 
@@ -135,7 +134,7 @@ def _run_file(reference: str) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        raise EncoderError(f"cannot import {reference}: {_told(error, str(path))}") from error
+        raise EncoderError(f"cannot import {reference}: {told(error, str(path))}") from error
     return module
 
 
@@ -162,7 +161,7 @@ def _guarded(load: Load, reference: str) -> Load:
         except PatchbankError:
             raise
         except Exception as error:
-            raise EncoderError(f"load() of {reference} failed: {_told(error, file)}") from error
+            raise EncoderError(f"load() of {reference} failed: {told(error, file)}") from error
         missing = [name for name in MEMBERS if not hasattr(encoder, name)]
         if missing:
             raise EncoderError(
@@ -172,16 +171,3 @@ def _guarded(load: Load, reference: str) -> Load:
         return encoder
 
     return guarded
-
-
-def _told(error: Exception, file: str | None) -> str:
-    """What an error says, after the deepest line of `file` that it came through."""
-    if isinstance(error, SyntaxError):
-        return f"{error.filename}:{error.lineno}: {error.msg}"
-    said = f"{type(error).__name__}: {error}"
-    lines = [
-        frame.lineno
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename == file
-    ]
-    return f"{file}:{lines[-1]}: {said}" if lines else said

@@ -77,6 +77,11 @@ class Probe(ABC):
         """
         return None
 
+    @property
+    def note(self) -> str | None:
+        """What whoever trains it should know, in some words; None where there is nothing."""
+        return None
+
     @abstractmethod
     def first_weights(self, random: torch.Generator) -> Weights:
         """One trial's parameters and buffers before training, float32 on the CPU."""

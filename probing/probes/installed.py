@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from importlib.metadata import entry_points
-from types import ModuleType
 
-from patchbank.pipeline.errors import TrialError
+from patchbank.pipeline.errors import TrialError, told
 from patchbank.probing.probes.base import Build
+from patchbank.probing.probes.plugin_build import build_of
 
 GROUP = "patchbank.probes"
 
@@ -38,12 +38,6 @@ def installed_build(name: str) -> Build | None:
     except Exception as error:
         raise TrialError(
             f"probe {name!r} of {who[0]} cannot be imported from {points[0].value}: "
-            f"{type(error).__name__}: {error}; repair or uninstall that package"
+            f"{told(error)}; repair or uninstall that package"
         ) from error
-    build = found.__dict__.get("build") if isinstance(found, ModuleType) else found
-    if not callable(build):
-        raise TrialError(
-            f"{points[0].value} of {who[0]} has no build(shape, options), expected that function"
-        )
-    found_build: Build = build
-    return found_build
+    return build_of(found, name, f"{points[0].value} of {who[0]}")

@@ -53,6 +53,10 @@ class LayerMixProbe(Probe):
     def uses_prefix(self) -> bool:
         return self.inner.uses_prefix
 
+    @property
+    def note(self) -> str | None:
+        return self.inner.note
+
     def first_weights(self, random: torch.Generator) -> Weights:
         inner = self.inner.first_weights(random)
         return {**inner, LAYERS: torch.zeros(self.shape.n_layers)}
