@@ -40,6 +40,9 @@ def predict(
         str | None,
         typer.Option(metavar="FILE.py", help="The encoder, if it is your own."),
     ] = None,
+    plugin: Annotated[
+        Path | None, typer.Option(metavar="FILE.py", help="The probe's file, if it is your own.")
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to print for each window.")] = 3,
     out: Annotated[
         Path | None, typer.Option(help="Write every class's probability to this CSV.")
@@ -53,7 +56,7 @@ def predict(
 
     if bool(audio) == (bank is not None):
         raise typer.BadParameter("give audio files, or --bank X.bank")
-    artefact = load_probe(probe_folder(run, probe))
+    artefact = load_probe(probe_folder(run, probe), plugin)
     if bank is not None:
         rows = rows_of_bank(artefact, bank)
     else:

@@ -26,6 +26,7 @@ from patchbank.probing.passes import BatchTokens
 from patchbank.probing.plan import sequential
 from patchbank.probing.probes import build_probe
 from patchbank.probing.probes.base import Probe, ProbeShape, Weights
+from patchbank.probing.probes.probe_files import file_sha256
 from patchbank.probing.probes.tokens import Buffers
 from patchbank.probing.settings import TrainSettings
 
@@ -54,6 +55,8 @@ class ProbeArtefact:
     """How recordings were cut into clips."""
     tokens: dict[str, Any] = field(default_factory=dict)
     """How tokens were stored: `stored_dtype`, `mask_padding`."""
+    plugin: str = field(default="", compare=False)
+    """The Python file that builds the probe, "" where it is none; its digest is what is saved."""
     training: dict[str, Any] = field(default_factory=dict)
     """Learning rate, seed, bank and the like: never needed to predict."""
 
@@ -121,7 +124,7 @@ class ProbeArtefact:
 
     def _family(self) -> Probe:
         shape = replace(self.shape, n_classes=len(self.classes))
-        return build_probe(self.probe, shape, self.options)
+        return build_probe(self.plugin or self.probe, shape, self.options)
 
 
 def _tensor(array: ArrayLike) -> torch.Tensor:
@@ -149,13 +152,23 @@ def save_probe(folder: Path, artefact: ProbeArtefact) -> None:
         folder / "probe.safetensors", lambda path: safetensors.torch.save_file(weights, path)
     )
     fields = {**artefact.__dict__, "shape": asdict(artefact.shape)}
-    del fields["weights"]
+    del fields["weights"], fields["plugin"]
+    if artefact.plugin:
+        fields["plugin_sha256"] = file_sha256(artefact.plugin)
     write_json(folder / "probe.json", {"format": FORMAT, **fields})
 
 
-def load_probe(folder: Path) -> ProbeArtefact:
-    """The probe that `save_probe` left in `folder`; raises `TrialError` where there is none."""
+def load_probe(folder: Path, plugin: Path | None = None) -> ProbeArtefact:
+    """The probe that `save_probe` left in `folder`; raises `TrialError` where there is none.
+
+    A probe of a Python file needs that file, `plugin`, as it was: no path is stored, and nothing
+    that a folder of results names is ever run.
+    """
     description = _read_description(folder)
+    digest = description.pop("plugin_sha256", "")
+    if digest:
+        _check_plugin(folder, description.get("probe"), digest, plugin)
+        description["plugin"] = str(plugin)
     try:
         stored = safetensors.torch.load_file(folder / "probe.safetensors")
     except (OSError, SafetensorError) as error:
@@ -180,6 +193,20 @@ def load_probe(folder: Path) -> ProbeArtefact:
         raise _damaged(folder, error) from error
     _check_weights(folder, artefact)
     return artefact
+
+
+def _check_plugin(folder: Path, name: object, digest: str, plugin: Path | None) -> None:
+    if plugin is None:
+        raise TrialError(
+            f"the probe in {folder} is built by a file of your own, {name}.py; name it: "
+            "--plugin FILE.py"
+        )
+    found = file_sha256(plugin)
+    if found != digest:
+        raise TrialError(
+            f"{plugin} is not what built the probe in {folder}: found sha256 {found[:12]}, "
+            f"expected {digest[:12]}; restore the file or train again: patchbank train-probe"
+        )
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

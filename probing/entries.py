@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Any
 
 from patchbank.pipeline.errors import TrialError
+from patchbank.probing.probes.probe_files import is_file
 
 MIX = "mix"
 
@@ -34,7 +35,12 @@ class Entry:
     @property
     def family_name(self) -> str:
         """What first weights and dropout are seeded with: options and layers change neither."""
-        return PurePath(self.family).stem if self.family.endswith(".py") else self.family
+        return PurePath(self.family).stem if self.file else self.family
+
+    @property
+    def file(self) -> str:
+        """The Python file of the family, "" where it is no file."""
+        return self.family if is_file(self.family) else ""
 
 
 def parse_probe(text: str) -> Entry:

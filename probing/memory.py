@@ -32,6 +32,7 @@ class MemoryStack:
     ) -> None:
         self.name, self.probe, self.trials = name, probe, tuple(trials)
         self._dtype, self._device = dtype, torch.empty(0, device=device).device
+        self.parts = [slice(0, len(self.trials))]
         self._vectors: list[Tensor] = []
         self._targets: list[Tensor] = []
         self.is_finite: Bool[Tensor, " trial"] = torch.ones(

@@ -8,7 +8,7 @@ test split is read once, after everything else. Several label sets share all of 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,6 +75,7 @@ class _Job:
     source: TokenSource
     settings: TrainSettings
     progress: OnProgress | None
+    say: Callable[[str], None]
 
 
 def train(
@@ -104,12 +105,14 @@ def train_tasks(
     probes: Sequence[str | Entry],
     settings: TrainSettings | None = None,
     progress: OnProgress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[tuple[Outcome, ...]]:
     """`train` for several label sets from the same batches; their outcomes, in order.
 
-    Where they do not train on the same rows, each learns from its part of every batch.
+    Where they do not train on the same rows, each learns from its part of every batch. `say` is
+    told how trials are trained where that is not all at once.
     """
-    job = _Job(source, settings or TrainSettings(), progress)
+    job = _Job(source, settings or TrainSettings(), progress, say or (lambda line: None))
     tasks = [
         Task(
             np.ascontiguousarray(task.targets, np.float32), task.split, task.multi_label, task.name
@@ -120,6 +123,9 @@ def train_tasks(
         _check(task)
     entries = _checked_entries(job, probes)
     studies = [study_of(source, task, entry) for task in tasks for entry in entries]
+    for study in studies:
+        if study.probe.note:
+            job.say(f"{study.name}: {study.probe.note}")
     outcomes = iter(_final(job, studies, _search(job, studies)))
     return [tuple(next(outcomes) for _ in entries) for _ in tasks]
 
@@ -150,6 +156,7 @@ def _checked_entries(job: _Job, probes: Sequence[str | Entry]) -> list[Entry]:
 
 def _fit(job: _Job, studies: Sequence[Study], courses: Sequence[Course], stage: str) -> None:
     split = studies[0].task.split.name
+    n_parts = [len(course.stack.parts) for course in courses]
     fit(
         courses,
         job.source,
@@ -157,6 +164,12 @@ def _fit(job: _Job, studies: Sequence[Study], courses: Sequence[Course], stage: 
         stage=stage if split == "split" else f"{split} {stage}",
         progress=job.progress,
     )
+    for study, course, n_before in zip(studies, courses, n_parts, strict=True):
+        if len(course.stack.parts) > n_before:
+            job.say(
+                f"{study.name}: memory did not suffice for all trials at once; they were trained "
+                f"in {len(course.stack.parts)} parts, from the same batches"
+            )
 
 
 def _search(job: _Job, studies: Sequence[Study]) -> list[tuple[Candidate, ...]]:

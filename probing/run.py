@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -56,6 +57,7 @@ def run_training(
     `ManifestError` for wrong tables, `TrialError`.
     """
     settings, say = settings or TrainSettings(), say or (lambda line: None)
+    say_once = functools.cache(say)  # every fold says the same of its probes
     chosen = [(layer,)] if isinstance(layer, int) else layer or [(max(bank.layers),)]
     entries = on_layers([Entry.of(probe) for probe in probes], chosen)
     layers = sorted({one for entry in entries for one in _checked_layers(bank, entry.layers)})
@@ -89,7 +91,9 @@ def run_training(
             Task(one.targets, split, one.multi_label, name)
             for (name, one), split in zip(sets.items(), fold, strict=True)
         ]
-        trained = train_tasks(tokens, tasks, probes=entries, settings=settings, progress=progress)
+        trained = train_tasks(
+            tokens, tasks, probes=entries, settings=settings, progress=progress, say=say_once
+        )
         for task_, outcomes in zip(tasks, trained, strict=True):
             folds_of[task_.name].append(Fold(task_.split, outcomes))
     results = {

@@ -90,7 +90,8 @@ def _artefact(run: FinishedRun, index: int) -> ProbeArtefact:
     outcome = fold.outcomes[index]
     card = run.bank.card
     return ProbeArtefact(
-        probe=outcome.entry.family,
+        probe=outcome.entry.family_name,
+        plugin=outcome.entry.file,
         options=outcome.probe.options,
         classes=run.labels.classes,
         multi_label=run.labels.multi_label,
@@ -166,7 +167,7 @@ def _probe_facts(run: FinishedRun, index: int) -> tuple[str, dict[str, Any]]:
     """Name and hyper-parameters of one probe, and what the search saw in each fold."""
     outcome = run.folds[0].outcomes[index]
     return outcome.name, {
-        "family": outcome.entry.family,
+        "family": outcome.entry.family_name,
         "layers": list(outcome.entry.layers),
         "options": outcome.probe.options,
         "n_parameters": n_parameters(outcome.probe),

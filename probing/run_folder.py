@@ -17,9 +17,11 @@ def probe_folder(run: Path, probe: str | None = None) -> Path:
     if (run / "probe.json").is_file() and probe is None:
         return run
     if not (run / "results.json").is_file():
+        sets = sorted(path.parent.name for path in run.glob("*/results.json"))
+        hint = f"name one of its label sets: {', '.join(sets)}" if sets else ""
         raise TrialError(
             f"found no results.json in {run}, expected what train-probe leaves in its --out; "
-            "train first: patchbank train-probe"
+            + (hint or "train first: patchbank train-probe")
         )
     try:
         results: dict[str, Any] = json.loads((run / "results.json").read_text("utf-8"))
