@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -14,6 +15,7 @@ from patchbank.pipeline.errors import TrialError
 from patchbank.probing.losses import asymmetric
 from patchbank.probing.probes import module
 from patchbank.probing.probes.base import Probe, ProbeShape, n_parameters, stacked_weights
+from patchbank.probing.probes.layer_mix import LayerMixProbe
 from patchbank.probing.probes.made_tokens import made_tokens
 from patchbank.probing.probes.module import ModuleProbe
 from patchbank.probing.probes.plugin_build import PluginBuild
@@ -333,6 +335,20 @@ def test_as_many_trials_go_together_as_memory_is_well_spent_on(
         torch.testing.assert_close(own_losses, losses, rtol=1e-6, atol=0)
         for key, value in whole.weights.items():
             torch.testing.assert_close(parts.weights[key], value, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("what", ["dropout", "buffers", "F.dropout"])
+def test_a_module_trains_behind_a_mix_of_layers(what: str) -> None:
+    shape = replace(SHAPE, n_layers=2)
+    probe = LayerMixProbe(shape, probe_of(ALL[what]))
+    assert probe.note == probe.inner.note
+    stack = TrialStack("mine", probe, TRIALS, dtype=torch.float64)
+    before = {key: value.clone() for key, value in stack.weights.items()}
+    for step in range(3):
+        tokens = made_tokens(shape, n_clips=5, seed=step, dtype=torch.float64)
+        stack.step(tokens, torch.ones(5, 3, dtype=torch.float64), asymmetric, factor=1.0)
+    for key in set(stack.weights) - {"frozen", "order"}:
+        assert not torch.equal(stack.weights[key], before[key]), key
 
 
 class Rated(Pooled):
