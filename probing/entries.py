@@ -107,18 +107,14 @@ def _layer(text: str, item: str, layers: Sequence[int]) -> int:
 def on_layers(entries: Sequence[Entry], chosen: Sequence[tuple[int, ...]]) -> tuple[Entry, ...]:
     """Every entry on every choice of layers, named after both where there are several choices.
 
-    Raises `TrialError` where two would have one name.
+    One that has its layers keeps them. Raises `TrialError` where two would have one name.
     """
-    placed = [
-        Entry(
-            entry.name if len(chosen) == 1 else f"{entry.name}@{'+'.join(map(str, layers))}",
-            entry.family,
-            entry.options,
-            layers,
-        )
-        for entry in entries
-        for layers in chosen
-    ]
+    placed: list[Entry] = []
+    for entry in entries:
+        for layers in [()] if entry.layers else chosen:
+            several = f"@{'+'.join(map(str, layers))}" if layers and len(chosen) > 1 else ""
+            name = f"{entry.name}{several}"
+            placed.append(replace(entry, name=name, layers=layers or entry.layers))
     names = [entry.name for entry in placed]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -62,6 +62,8 @@ def test_entries_are_named_after_their_layers_where_there_are_several_choices() 
     placed = on_layers(entries, [(3,), (3, 6)])
     assert [one.name for one in placed] == ["linear@3", "linear@3+6", "mhca@3", "mhca@3+6"]
     assert placed[1].layers == (3, 6)
+    own = Entry("mine", "linear", {}, (6,))
+    assert on_layers([own], [(3,), (3, 6)]) == (own,)
 
 
 def test_two_entries_of_one_name_are_refused() -> None:
