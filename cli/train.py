@@ -124,7 +124,7 @@ def train_probe(
         print(json.dumps(results))
         return
     for name, found in (results if len(labels) > 1 else {"": results}).items():
-        print_table(format_scores(found))
+        print_table(format_scores(found, f"Test scores: {name}" if name else "Test scores"))
         print(f"{out / name}: results.json, one folder a probe")
 
 

@@ -69,11 +69,11 @@ def write_predictions(
     write_atomically(path, lambda temporary: pq.write_table(table, temporary))
 
 
-def format_scores(results: Mapping[str, Any]) -> Table:
+def format_scores(results: Mapping[str, Any], title: str = "Test scores") -> Table:
     """The test scores as a table of at most 80 columns, validation means beside them."""
     from rich.table import Table
 
-    table = Table(title="Test scores", caption=_caption(results))
+    table = Table(title=title, caption=_caption(results))
     table.add_column("probe", overflow="fold", max_width=18)
     table.add_column("metric")
     for header in ("mean ± std", "95 % interval", "valid"):
