@@ -63,7 +63,7 @@ def test_training_is_measured_against_plain_autograd_and_the_loader(tmp_path: Pa
         "--no-pretouch",
     ]
     tiny = ["--shape", "32", "128", "--step-classes", "3"]
-    hours = ["--hours-clips", "2", "--hours-classes", "2", "4"]
+    hours = ["--step-classes", "3", "--hours-clips", "2", "--hours-classes", "2", "4"]
     done = subprocess.run(
         [*map(str, command), *tiny, *hours, "--folder", tmp_path / "work", "--json", str(out)],
         capture_output=True,
@@ -80,9 +80,9 @@ def test_training_is_measured_against_plain_autograd_and_the_loader(tmp_path: Pa
     assert all(ratio["n_rounds"] == 2 and ratio["median"] > 0 for ratio in ratios.values())
     assert found["step"]["loss difference"] < 1e-5
     assert found["step"]["weight difference"] < 1e-4
-    bank_bytes = 64 * 32 * 128 * 2
+    seen_bytes = 64 * 32 * 128 * 2
     for passes in found["bytes"].values():
-        assert all(one["asked"] >= bank_bytes for one in passes)
+        assert all(seen_bytes <= one["asked"] < 1.5 * seen_bytes for one in passes)
     assert 0 < found["hours"]["stacked in one pass"] < found["hours"]["one run one read"]
     assert set(found["steps"]) >= {"linear", "linpre", "mhca", "protobin"}
     if not torch.cuda.is_available():

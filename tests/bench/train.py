@@ -30,7 +30,7 @@ from cache import touch_memory
 from machine import describe, machine_facts
 from reading import BATCH_SIZE
 from synthetic_bank import make_bank
-from train_passes import COLD, LOADER, PassBench
+from train_passes import COLD, LOADER, N_LOADS, PassBench
 from train_report import (
     Figures,
     Measure,
@@ -89,7 +89,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--device", default="cpu", help="cpu, or cuda")
     add("--rounds", type=int, default=3)
-    add("--clips", type=int, default=512, help="of the bank [default: 512, 400 MB]")
+    add("--clips", type=int, default=1024, help="of the bank [default: 1024, 800 MB]")
+    add("--trial-clips", type=int, default=512, help="that many trials see [default: 512]")
     add("--classes", type=int, nargs="+", default=[10], help="of linpre and mhca [default: 10]")
     words = ", ".join(SECTIONS)
     add("--only", nargs="+", default=list(SECTIONS), metavar="WORD", choices=SECTIONS, help=words)
@@ -102,7 +103,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--hours-clips", type=int, default=train_hours.BATCH_SIZE, help=argparse.SUPPRESS)
     add("--hours-s", type=float, default=240.0, help="most seconds to measure every probe's steps")
     options = parser.parse_args(arguments)
-    if options.clips % BATCH_SIZE:
+    if options.clips % BATCH_SIZE or options.trial_clips % BATCH_SIZE:
         parser.error(f"clips come in batches of {BATCH_SIZE}")
     return options
 
@@ -123,7 +124,9 @@ def pass_bench(folder: Path, device: torch.device, options: argparse.Namespace) 
     n_patches, dim = options.shape
     say(f"writing a bank of {options.clips} clips of {n_patches} x {dim} float16")
     bank = make_bank(folder / "train.bank", n_clips=options.clips, n_patches=n_patches, dim=dim)
-    return PassBench(bank, device, tuple(options.classes), families)
+    return PassBench(
+        bank, device, tuple(options.classes), families, n_trial_clips=options.trial_clips
+    )
 
 
 def chosen(
@@ -176,7 +179,7 @@ def step_times(
 def clips_per_s(figures: Figures, options: argparse.Namespace) -> float | None:
     """What the loader alone reads from a cold bank."""
     spread = figures.spread(f"loader, {COLD}: {LOADER}")
-    return options.clips / spread.median if spread else None
+    return N_LOADS * options.clips / spread.median if spread else None
 
 
 def memory_lines(compared: dict[str, float]) -> Iterator[str]:
