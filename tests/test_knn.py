@@ -103,3 +103,15 @@ REFUSED = {
 def test_options_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(TrialError, match=message):
         build_probe("knn", ProbeShape(24, 3), options)
+
+
+def test_of_several_layers_it_takes_the_mean_vector() -> None:
+    first, targets = needle_tokens(60)
+    second, _ = needle_tokens(60, seed=1)
+    one = build_probe("knn", ProbeShape(24, 4))
+    mixing = build_probe("knn", ProbeShape(24, 4, n_layers=2))
+    assert isinstance(one, KnnProbe)
+    assert isinstance(mixing, KnnProbe)
+    both = Tokens(second, others=[Tokens(first)])
+    expected = one.vectors(Tokens((first + second) / 2))
+    torch.testing.assert_close(mixing.vectors(both), expected)
