@@ -106,8 +106,7 @@ def test_options_out_of_range_are_refused(options: dict[str, object], message: s
 
 
 def test_of_several_layers_it_takes_the_mean_vector() -> None:
-    first, targets = needle_tokens(60)
-    second, _ = needle_tokens(60, seed=1)
+    first, second = (needle_tokens(60, seed=seed)[0] for seed in range(2))
     one = build_probe("knn", ProbeShape(24, 4))
     mixing = build_probe("knn", ProbeShape(24, 4, n_layers=2))
     assert isinstance(one, KnnProbe)
