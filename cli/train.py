@@ -88,7 +88,7 @@ def train_probe(
     from patchbank.probing.settings import TrainSettings
     from patchbank.probing.vocabulary import read_vocabulary
 
-    opened = open_bank(bank)
+    opened, labels = open_bank(bank), list(dict.fromkeys(labels))
     entries = [parse_probe(text) for text in dict.fromkeys(probe or ("linear", "protobin"))]
     chosen = parse_layers(layer or (), opened.layers)
     names = [entry.name for entry in on_layers(entries, chosen)]
@@ -105,7 +105,7 @@ def train_probe(
     with progress_lines() as progress:
         results = run_training(
             opened,
-            tuple(dict.fromkeys(labels)),
+            labels,
             out,
             probes=entries,
             settings=settings,

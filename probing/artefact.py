@@ -26,7 +26,7 @@ from patchbank.probing.passes import BatchTokens
 from patchbank.probing.plan import sequential
 from patchbank.probing.probes import build_probe
 from patchbank.probing.probes.base import Probe, ProbeShape, Weights
-from patchbank.probing.probes.probe_files import file_sha256
+from patchbank.probing.probes.probe_files import file_sha256, is_file
 from patchbank.probing.probes.tokens import Buffers
 from patchbank.probing.settings import TrainSettings
 
@@ -166,6 +166,11 @@ def load_probe(folder: Path, plugin: Path | None = None) -> ProbeArtefact:
     """
     description = _read_description(folder)
     digest = description.pop("plugin_sha256", "")
+    if "plugin" in description or is_file(str(description.get("probe"))):
+        raise TrialError(
+            f"{folder / 'probe.json'} names a file to run, expected the name of a probe; only you "
+            "may name a file: --plugin FILE.py"
+        )
     if digest:
         _check_plugin(folder, description.get("probe"), digest, plugin)
         description["plugin"] = str(plugin)

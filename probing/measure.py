@@ -104,7 +104,11 @@ def _as_chosen(settings: TrainSettings, results: Facts) -> TrainSettings:
     found = {name: probe["search"][0] for name, probe in results["probes"].items()}
     return replace(
         settings,
-        learning_rates={name: (search["learning_rate"],) for name, search in found.items()},
+        learning_rates={
+            name: (search["learning_rate"],)
+            for name, search in found.items()
+            if search["learning_rate"] > 0  # else nothing of it is trained
+        },
         weight_decays={name: (search["weight_decay"],) for name, search in found.items()},
     )
 

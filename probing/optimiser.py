@@ -58,12 +58,21 @@ class StackedAdamW:
         """The update of some trials, from their gradients alone."""
         rates = self._learning_rates[trials] * factor
         decays = self._weight_decays[trials]
+        # All memory that it takes is taken first: where that does not suffice, nothing has changed.
+        sizes = [gradient.numel() for gradient in gradients if gradient is not None]
+        scratch = self._parameters[0].new_empty(max(sizes, default=0))
         for parameter, gradient, mean, square in zip(
             self._parameters, gradients, self._means, self._squares, strict=True
         ):
             if gradient is not None:
                 self._update(
-                    parameter[trials], gradient, mean[trials], square[trials], rates, decays
+                    parameter[trials],
+                    gradient,
+                    mean[trials],
+                    square[trials],
+                    rates,
+                    decays,
+                    scratch[: gradient.numel()].view(gradient.shape),
                 )
 
     def _update(
@@ -74,12 +83,14 @@ class StackedAdamW:
         square: Float[Tensor, "trial ..."],
         rates: Float[Tensor, " trial"],
         decays: Float[Tensor, " trial"],
+        scratch: Float[Tensor, "trial ..."],
     ) -> None:
         shape = (-1, *[1] * (parameter.ndim - 1))
         parameter.mul_((1 - rates * decays).view(shape))
         mean.lerp_(gradient, 1 - BETAS[0])
         square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-        unbiased = square.sqrt().div_(math.sqrt(1 - BETAS[1] ** self._n_steps)).add_(EPSILON)
+        unbiased = torch.sqrt(square, out=scratch)
+        unbiased.div_(math.sqrt(1 - BETAS[1] ** self._n_steps)).add_(EPSILON)
         step = (rates / (1 - BETAS[0] ** self._n_steps)).view(shape)
         parameter.sub_(unbiased.reciprocal_().mul_(mean).mul_(step))
 

@@ -161,6 +161,18 @@ def test_arrays_of_another_run_are_refused(tmp_path: Path) -> None:
         load_probe(tmp_path)
 
 
+@pytest.mark.parametrize("key", ["plugin", "probe"])
+def test_a_file_that_a_folder_names_is_not_run(key: str, tmp_path: Path) -> None:
+    save_probe(tmp_path, artefact())
+    mine = tmp_path / "mine.py"
+    mine.write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    path = tmp_path / "probe.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: str(mine)}))
+    with pytest.raises(TrialError, match=r"names a file to run, .* --plugin FILE\.py"):
+        load_probe(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_newer_format_asks_for_an_update(tmp_path: Path) -> None:
     save_probe(tmp_path, artefact())
     (tmp_path / "probe.json").write_text('{"format": 3}')

@@ -54,6 +54,16 @@ def error_of(capsys: pytest.CaptureFixture[str], line: list[str]) -> str:
     return said[said.index("error: ") :]
 
 
+def test_a_label_table_that_is_named_twice_is_taken_once(
+    job: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = train_line(job, "--labels", str(job / "set/labels.csv"))
+    line[line.index("--out") + 1] = str(tmp_path / "run")
+    assert main(line) == 0
+    assert (tmp_path / "run/results.json").is_file()
+    assert "one folder a probe" in capsys.readouterr().out
+
+
 def test_a_run_leaves_results_probes_and_predictions(job: Path) -> None:
     results = json.loads((job / "run/results.json").read_text())
     assert results["bank"] == json.loads((job / "fake.bank/seal.json").read_text())["fingerprint"]

@@ -17,11 +17,19 @@ from patchbank.probing import train
 from patchbank.probing.artefact import load_probe
 from patchbank.probing.batch import ArraySource, Batch, LayerTokens
 from patchbank.probing.entries import Entry
+from patchbank.probing.losses import asymmetric
+from patchbank.probing.optimiser import cosine_factor
+from patchbank.probing.passes import BatchTokens, Course, fit
+from patchbank.probing.plan import batches
+from patchbank.probing.probes import build_probe
+from patchbank.probing.probes.base import ProbeShape
+from patchbank.probing.probes.tokens import Buffers
 from patchbank.probing.protocol import train_tasks
 from patchbank.probing.run import run_training
 from patchbank.probing.settings import TrainSettings
 from patchbank.probing.splits import Split
 from patchbank.probing.study import Task
+from patchbank.probing.trials import Trial, TrialStack
 
 ROWS = np.arange(120)
 SPLIT = Split("split", ROWS[:70], ROWS[70:95], ROWS[95:])
@@ -93,6 +101,43 @@ def test_a_label_set_over_fewer_clips_learns_from_its_part_of_every_batch() -> N
     assert np.array_equal(found[0][0][0].test_scores, alone.test_scores)
 
 
+def test_the_part_of_a_batch_holds_the_tokens_of_its_rows() -> None:
+    random = torch.Generator().manual_seed(0)
+    counts = torch.randint(1, 7, (60,), generator=random)
+    layers = {
+        layer: LayerTokens(
+            torch.randn(60, 6, 24, generator=random),
+            torch.randn(60, 1, 24, generator=random),
+            counts,
+        )
+        for layer in (1, 2)
+    }
+    targets = (torch.rand(60, 3, generator=random) < 0.4).float()
+    part, probe = (
+        ROWS[:60:3],
+        build_probe("cgp", ProbeShape(24, 3, 1, None, 2), {"n_prototypes": 9}),
+    )
+
+    def course(rows: np.ndarray) -> Course:
+        stack = TrialStack("cgp", probe, [Trial(1e-2, 1e-4, 0)])
+        return Course(stack, targets.numpy(), rows, asymmetric, (1, 2))
+
+    seen = course(part)
+    fit([course(ROWS[:60]), seen], ArraySource(layers), settings=SETTINGS)
+    own, step, n_steps = course(part).stack, 0, 4 * SETTINGS.n_epochs
+    for epoch in range(SETTINGS.n_epochs):
+        for rows in batches(ROWS[:60], batch_size=16, seed=SETTINGS.order_seed, epoch=epoch):
+            of_part = rows[np.isin(rows, part)]
+            if len(of_part):
+                [batch] = ArraySource(layers).read([of_part])
+                tokens = BatchTokens(batch, SETTINGS, Buffers()).of((1, 2))
+                factor = cosine_factor(step, n_steps=n_steps)
+                own.step(tokens, targets[of_part], asymmetric, factor=factor)
+            step += 1
+    for key, value in own.weights_of(0).items():
+        torch.testing.assert_close(seen.stack.weights_of(0)[key], value)
+
+
 def layered() -> tuple[ArraySource, np.ndarray]:
     """Noise in layer 1, needles in layer 2."""
     tokens, targets = needle_tokens(120)
@@ -109,6 +154,17 @@ def test_layers_are_trained_from_the_same_batches_as_each_is_alone() -> None:
         [alone] = train(source, targets, SPLIT, probes=[entry], **arguments)
         assert np.array_equal(outcome.test_scores, alone.test_scores)
     assert together[1].valid_values[0] > together[0].valid_values[0] + 0.1
+
+
+def test_a_mix_leaves_the_tokens_of_its_last_layer_to_other_probes() -> None:
+    # More than one block of floats, so that the last one differs from the first.
+    random = torch.Generator().manual_seed(0)
+    stored = {n: LayerTokens(torch.randn(40, 256, 64, generator=random).half()) for n in (1, 2)}
+    tokens = BatchTokens(Batch(np.arange(40), stored), SETTINGS, Buffers())
+    patches = tokens.of((2,)).patches
+    mean = tokens.of((1, 2)).mean
+    assert torch.equal(patches, stored[2].patches.float())
+    torch.testing.assert_close(mean, patches.mean(dim=1))
 
 
 def bank_of(tokens: torch.Tensor) -> NeedleBank:

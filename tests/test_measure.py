@@ -54,6 +54,15 @@ def test_equal_tokens_change_nothing(sealed: Bank, clip_table: Path, tmp_path: P
     assert facts["probes"]["linear"]["change"] == 0.0
 
 
+def test_a_probe_that_is_not_trained_is_measured_too(
+    sealed: Bank, clip_table: Path, tmp_path: Path
+) -> None:
+    wide = rebuild_bank([sealed], tmp_path / "w.bank", dtype="float32")
+    labels = clip_table.parent / "labels.csv"
+    facts = measure_change(sealed, wide, labels, probes=["knn"], settings=FAST)
+    assert facts["probes"]["knn"]["change"] == 0.0
+
+
 def test_banks_of_other_clips_are_not_compared(
     sealed: Bank, clip_table: Path, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from patchbank.pipeline.errors import TrialError
 from patchbank.probing.losses import asymmetric, cross_entropy
@@ -177,6 +178,49 @@ def test_a_stack_that_runs_out_of_memory_splits_and_ends_with_the_same_weights(
     torch.testing.assert_close(own_losses, losses, rtol=1e-9, atol=0)
     for key, value in whole.weights.items():
         torch.testing.assert_close(split.weights[key], value, rtol=1e-9, atol=1e-12)
+
+
+class Shortage(TorchDispatchMode):
+    """Memory does not suffice for the nth large tensor, for none where that is 0."""
+
+    def __init__(self, nth: int, *, size: int) -> None:
+        super().__init__()
+        self.left, self.size = nth or math.inf, size
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        given = [one for one in (*args, *(kwargs or {}).values()) if isinstance(one, torch.Tensor)]
+        known = {one.untyped_storage().data_ptr() for one in given}
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.numel() >= self.size:
+            self.left -= result.untyped_storage().data_ptr() not in known
+            if self.left == 0:
+                self.left = -math.inf
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return result
+
+
+def test_wherever_in_a_step_memory_runs_out_the_step_counts_once() -> None:
+    probe, trials = build_probe("linear", SHAPE), TRIALS[:2]
+    size = len(trials) * SHAPE.n_classes * SHAPE.dim
+    patches = torch.randn(4, 5, 24, generator=torch.Generator().manual_seed(0)).double()
+    targets = torch.eye(4, 3).double()
+
+    def stack_after(n_shortages: int) -> tuple[TrialStack, bool]:
+        stack = TrialStack("linear", probe, trials, dtype=torch.float64)
+        with Shortage(n_shortages, size=size) as shortage:
+            for _ in range(3):
+                stack.step(Tokens(patches), targets, asymmetric, factor=1.0)
+        return stack, shortage.left < 0
+
+    whole, _ = stack_after(0)
+    for nth in itertools.count(1):
+        stack, has_run_out = stack_after(nth)
+        if not has_run_out:
+            break
+        assert len(stack.parts) == 2
+        for key, value in whole.weights.items():
+            torch.testing.assert_close(stack.weights[key], value, rtol=1e-9, atol=1e-12)
+    assert nth > 6, "gradients and optimiser of three steps"
 
 
 def test_a_single_trial_that_does_not_fit_says_so() -> None:

@@ -133,8 +133,11 @@ class Tokens:
         """The mean of the patches that count."""
         if "patches" in self.__dict__ or self.device.type != "cpu":
             return self._mean_of(self.patches, slice(None))
-        parts, scratch = [], self._take("patches")  # only its first clips are touched
-        for clips in self._blocks():
+        # Not the memory of `patches`: the same layer may be there already, seen as other `Tokens`.
+        parts, blocks = [], list(self._blocks())
+        shape = (blocks[0].stop, *self.shape[1:])
+        scratch = self._buffers.take("block", shape, dtype=self.dtype, device=self.device)
+        for clips in blocks:
             block = scratch[: clips.stop - clips.start]
             self._write(block, clips)
             parts.append(self._mean_of(block, clips))
