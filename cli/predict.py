@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 import typer
 
 from patchbank.cli.encoder_options import Weights
-from patchbank.pipeline.errors import AudioError, EncoderError, PatchbankError
+from patchbank.pipeline.errors import AudioError, EncoderError, PatchbankError, TrialError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,7 +56,10 @@ def predict(
 
     if bool(audio) == (bank is not None):
         raise typer.BadParameter("give audio files, or --bank X.bank")
-    artefact = load_probe(probe_folder(run, probe), plugin)
+    folder = probe_folder(run, probe)
+    artefact = load_probe(folder, plugin)
+    if plugin is not None and not artefact.plugin:
+        raise TrialError(f"the probe in {folder} is built by no file; leave --plugin out")
     if bank is not None:
         rows = rows_of_bank(artefact, bank)
     else:

@@ -56,7 +56,9 @@ class ProbeArtefact:
     tokens: dict[str, Any] = field(default_factory=dict)
     """How tokens were stored: `stored_dtype`, `mask_padding`."""
     plugin: str = field(default="", compare=False)
-    """The Python file that builds the probe, "" where it is none; its digest is what is saved."""
+    """The Python file that builds the probe, "" where it is none."""
+    plugin_sha256: str = ""
+    """Its digest when it was run; what is saved."""
     training: dict[str, Any] = field(default_factory=dict)
     """Learning rate, seed, bank and the like: never needed to predict."""
 
@@ -85,7 +87,15 @@ class ProbeArtefact:
     @torch.no_grad()
     def predict_batch(self, batch: Batch) -> Float[np.ndarray, "clip class"]:
         """Probabilities of a batch, which holds all of `layers`, or one layer of any name."""
-        layers = self.layers if len(self.layers) > 1 else tuple(batch.layers)
+        layers = self.layers
+        if len(layers) < 2 and not set(layers) <= set(batch.layers):
+            layers = tuple(batch.layers)[-1:]
+        missing = sorted(set(layers) - set(batch.layers))
+        if missing:
+            raise TrialError(
+                f"found no layer {', '.join(map(str, missing))} in the batch, expected "
+                f"{self._layer}, which this probe mixes; hand predict_batch() a batch of them"
+            )
         settings = TrainSettings(device="cpu")
         tokens = BatchTokens(batch, settings, Buffers()).of(layers)
         self._check_shapes(tokens.shape, has_prefix=tokens.prefix is not None)
@@ -153,8 +163,6 @@ def save_probe(folder: Path, artefact: ProbeArtefact) -> None:
     )
     fields = {**artefact.__dict__, "shape": asdict(artefact.shape)}
     del fields["weights"], fields["plugin"]
-    if artefact.plugin:
-        fields["plugin_sha256"] = file_sha256(artefact.plugin)
     write_json(folder / "probe.json", {"format": FORMAT, **fields})
 
 
@@ -165,7 +173,7 @@ def load_probe(folder: Path, plugin: Path | None = None) -> ProbeArtefact:
     that a folder of results names is ever run.
     """
     description = _read_description(folder)
-    digest = description.pop("plugin_sha256", "")
+    digest = description.get("plugin_sha256", "")
     if "plugin" in description or is_file(str(description.get("probe"))):
         raise TrialError(
             f"{folder / 'probe.json'} names a file to run, expected the name of a probe; only you "

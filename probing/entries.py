@@ -60,7 +60,8 @@ def parse_probe(text: str) -> Entry:
             )
         options[name] = _value(value)
     entry = Entry(family, family, options)
-    return replace(entry, name="-".join(filter(None, [entry.family_name, rest])))
+    # The name is that of a folder.
+    return replace(entry, name="-".join(filter(None, [entry.family_name, rest.replace("/", "_")])))
 
 
 def _value(text: str) -> Any:
@@ -78,7 +79,8 @@ def parse_layers(texts: Sequence[str], layers: Sequence[int]) -> list[tuple[int,
     """
     ordered = sorted(layers)
     found: list[tuple[int, ...]] = []
-    for item in [part.strip() for text in texts for part in text.split(",")] or ["last"]:
+    items = [part.strip() for text in texts for part in text.split(",") if part.strip()]
+    for item in items or ["last"]:
         if item == "last":
             found.append((ordered[-1],))
         elif item == "all":
@@ -87,7 +89,7 @@ def parse_layers(texts: Sequence[str], layers: Sequence[int]) -> list[tuple[int,
             found.append(tuple(ordered))
         else:
             found.append(tuple(_layer(part, item, ordered) for part in item.split("+")))
-    return list(dict.fromkeys(tuple(dict.fromkeys(chosen)) for chosen in found))
+    return list(dict.fromkeys(tuple(sorted(set(chosen))) for chosen in found))
 
 
 def _layer(text: str, item: str, layers: Sequence[int]) -> int:

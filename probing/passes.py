@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from patchbank.probing.batch import Batch, TokenSource
 from patchbank.probing.losses import LOSSES, Loss, asymmetric
@@ -82,7 +82,12 @@ def fit(
     batches are smaller than alone. Stacks that only remember see the first epoch.
     """
     rows = union([course.rows for course in courses])
-    pupils = [_Pupil(course, rows, source, settings) for course in courses]
+    parts = {
+        id(course.rows): Part(course.rows, n_rows=source.n_rows)
+        for course in courses
+        if len(course.rows) < len(rows)
+    }
+    pupils = [_Pupil(course, parts.get(id(course.rows)), source, settings) for course in courses]
     n_epochs = settings.n_epochs if any(one.learns for one in pupils) else 1
     n_batches = -(-len(rows) // settings.batch_size)
     step, buffers = 0, Buffers()
@@ -109,54 +114,73 @@ class BatchTokens:
     batch: Batch
     settings: TrainSettings
     buffers: Buffers
-    _made: dict[tuple[int, ...], Tokens] = field(default_factory=dict)
+    _made: dict[tuple[tuple[int, ...], int], Tokens] = field(default_factory=dict)
 
-    def of(self, layers: tuple[int, ...]) -> Tokens:
-        """Those of one layer, or of several for a probe that mixes them."""
-        if layers not in self._made:
-            self._made[layers] = convert(
-                self.batch,
-                dtype=self.settings.torch_dtype,
-                device=self.settings.torch_device,
-                buffers=self.buffers,
-                layer=layers[-1],
-                others=[self.of((layer,)) for layer in layers[:-1]],
-            )
-        return self._made[layers]
+    def of(self, layers: tuple[int, ...], part: Part | None = None) -> Tokens:
+        """Those of one layer, or of several for a probe that mixes them; of all clips or some."""
+        key = (layers, 0 if part is None else id(part))
+        if key not in self._made:
+            if len(layers) > 1:
+                *others, last = (self.of((layer,), part) for layer in layers)
+                self._made[key] = last.after(others)
+            elif part is not None:
+                places = torch.from_numpy(part.places(self.batch))
+                self._made[key] = self.of(layers).take(places.to(self.settings.torch_device))
+            else:
+                self._made[key] = self._converted(layers[0])
+        return self._made[key]
+
+    def _converted(self, layer: int) -> Tokens:
+        return convert(
+            self.batch,
+            dtype=self.settings.torch_dtype,
+            device=self.settings.torch_device,
+            buffers=self.buffers,
+            layer=layer,
+        )
+
+
+class Part:
+    """Rows that take part in a course, where not all of a batch do."""
+
+    def __init__(self, rows: Rows, *, n_rows: int) -> None:
+        self._takes_part: Bool[np.ndarray, " clip"] = np.zeros(n_rows, dtype=bool)
+        self._takes_part[rows] = True
+
+    def places(self, batch: Batch) -> Int[np.ndarray, " _"]:
+        """Places of such rows in a batch."""
+        return np.flatnonzero(self._takes_part[np.asarray(batch.rows, dtype=np.int64)])
 
 
 class _Pupil:
     """A course under way."""
 
     def __init__(
-        self, course: Course, rows: Rows, source: TokenSource, settings: TrainSettings
+        self, course: Course, part: Part | None, source: TokenSource, settings: TrainSettings
     ) -> None:
-        self._course, self._device = course, settings.torch_device
+        self._course, self._part, self._device = course, part, settings.torch_device
         self.name = course.name or course.stack.name
         self.learns = course.stack.probe.learns
         self._layers = course.layers or last_layer(source)
         self._targets = torch.from_numpy(course.targets).to(self._device, settings.torch_dtype)
-        self._takes_part: Bool[np.ndarray, " clip"] | None = None
-        if len(course.rows) < len(rows):
-            self._takes_part = np.zeros(source.n_rows, dtype=bool)
-            self._takes_part[course.rows] = True
         self._total, self._n_steps = torch.zeros(len(course.stack.trials), device=self._device), 0
 
     def step(self, batch: Batch, tokens: BatchTokens, *, factor: float) -> None:
         """Learns from the rows of a batch that are of its course."""
-        rows, seen = np.asarray(batch.rows, dtype=np.int64), tokens.of(self._layers)
-        if self._takes_part is not None:
-            places = np.flatnonzero(self._takes_part[rows])
-            if not len(places):
-                return
-            rows, seen = rows[places], seen.take(torch.from_numpy(places).to(self._device))
-        wanted = self._targets[torch.from_numpy(rows)]
+        rows = np.asarray(batch.rows, dtype=np.int64)
+        if self._part is not None:
+            rows = rows[self._part.places(batch)]
+        if not len(rows):
+            return
+        wanted, seen = self._targets[torch.from_numpy(rows)], tokens.of(self._layers, self._part)
         self._total += self._course.stack.step(seen, wanted, self._course.loss, factor=factor)
         self._n_steps += 1
 
     def lowest_loss(self) -> float:
         """The lowest mean loss of a trial since it was asked last."""
-        found = float(self._total.nan_to_num(nan=math.inf).min()) / max(1, self._n_steps)
+        found = float(self._total.nan_to_num(nan=math.inf, posinf=math.inf).min()) / max(
+            1, self._n_steps
+        )
         self._total.zero_()
         self._n_steps = 0
         return found

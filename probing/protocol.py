@@ -135,7 +135,8 @@ def _check(task: Task) -> None:
     for name, rows in (("valid", task.split.valid), ("test", task.split.test)):
         if len(left_out(metric, task.targets[rows])) == task.targets.shape[1]:
             raise TrialError(
-                f"found no label on any of the {len(rows)} {name} clips of {task.split.name}, "
+                f"found no label {f'of {task.name} ' if task.name else ''}on any of the "
+                f"{len(rows)} {name} clips of {task.split.name}, "
                 f"expected positives to compute {metric}; pass another --splits or --labels"
             )
 

@@ -14,8 +14,9 @@ from patchbank.probing.bank_source import BankSource
 from patchbank.probing.batch import TokenSource
 from patchbank.probing.entries import Entry, on_layers
 from patchbank.probing.evaluation import Fold
-from patchbank.probing.labels import TaskKind, read_labels
+from patchbank.probing.labels import LabelSet, TaskKind, read_labels
 from patchbank.probing.passes import OnProgress
+from patchbank.probing.probes.probe_files import file_sha256
 from patchbank.probing.protocol import train_tasks
 from patchbank.probing.run_files import FinishedRun, TokenBank, rows_of, write_run
 from patchbank.probing.settings import TrainSettings
@@ -60,6 +61,7 @@ def run_training(
     say_once = functools.cache(say)  # every fold says the same of its probes
     chosen = [(layer,)] if isinstance(layer, int) else layer or [(max(bank.layers),)]
     entries = on_layers([Entry.of(probe) for probe in probes], chosen)
+    plugins = {entry.file: file_sha256(entry.file) for entry in entries if entry.file}
     layers = sorted({one for entry in entries for one in _checked_layers(bank, entry.layers)})
     tables = [labels] if isinstance(labels, Path) else list(labels)
     names = _names(tables)
@@ -77,10 +79,7 @@ def run_training(
         )
         for name, table in zip(names, tables, strict=True)
     }
-    splits = {
-        name: read_splits(bank.clips, usable=one.known, splits_path=splits_path, folds=folds)
-        for name, one in sets.items()
-    }
+    splits = {name: _splits(name, bank, one, splits_path, folds) for name, one in sets.items()}
     for name, found in splits.items():
         for line in filter(None, map(views_left_out, found)):
             say(f"{name}: {line}" if name else line)
@@ -97,10 +96,25 @@ def run_training(
         for task_, outcomes in zip(tasks, trained, strict=True):
             folds_of[task_.name].append(Fold(task_.split, outcomes))
     results = {
-        name: write_run(FinishedRun(bank, one, tuple(folds_of[name]), settings), folders[name])
+        name: write_run(
+            FinishedRun(bank, one, tuple(folds_of[name]), settings, plugins), folders[name]
+        )
         for name, one in sets.items()
     }
-    return results if len(tables) > 1 else results[""]
+    if len(tables) == 1:
+        return results[""]
+    # What an earlier run of one table left there would stand for this one.
+    (out / "results.json").unlink(missing_ok=True)
+    return results
+
+
+def _splits(
+    name: str, bank: TokenBank, labels: LabelSet, splits_path: Path | None, folds: str | None
+) -> tuple[Split, ...]:
+    try:
+        return read_splits(bank.clips, usable=labels.known, splits_path=splits_path, folds=folds)
+    except TrialError as error:
+        raise TrialError(f"labels of {name}: {error}" if name else str(error)) from error
 
 
 def _names(tables: Sequence[Path]) -> list[str]:

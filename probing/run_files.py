@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -51,6 +51,8 @@ class FinishedRun:
     labels: LabelSet
     folds: tuple[Fold, ...]
     settings: TrainSettings
+    plugins: Mapping[str, str] = field(default_factory=dict)
+    """Probes' files with their digests when the run began."""
 
 
 def rows_of(splits: Sequence[Split]) -> Rows:
@@ -92,6 +94,7 @@ def _artefact(run: FinishedRun, index: int) -> ProbeArtefact:
     return ProbeArtefact(
         probe=outcome.entry.family_name,
         plugin=outcome.entry.file,
+        plugin_sha256=run.plugins.get(outcome.entry.file, ""),
         options=outcome.probe.options,
         classes=run.labels.classes,
         multi_label=run.labels.multi_label,

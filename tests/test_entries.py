@@ -12,6 +12,7 @@ def test_a_probe_is_a_name_with_options_or_a_file() -> None:
     options = {"dropout": 0.1, "n_prototypes_per_class": 10}
     assert parse_probe(text) == Entry(text.replace(":", "-"), "protobin", options)
     assert parse_probe("linpre:pooling=lse,x=null").options == {"pooling": "lse", "x": None}
+    assert parse_probe("mine.py:path=a/b").name == "mine-path=a_b"
     mine = parse_probe("./probes/mine.py:width=3")
     assert mine == Entry("mine-width=3", "./probes/mine.py", {"width": 3})
     assert mine.family_name == "mine"
@@ -31,6 +32,7 @@ LAYERS = {
     "some mixed": (["3+12", "6"], [(3, 12), (6,)]),
     "commas": (["3,6", "3"], [(3,), (6,)]),
     "twice in a mix": (["3+3"], [(3,)]),
+    "one mix in two orders": (["3+6", "6+3,"], [(3, 6)]),
 }
 
 

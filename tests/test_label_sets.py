@@ -23,6 +23,7 @@ from patchbank.probing.passes import BatchTokens, Course, fit
 from patchbank.probing.plan import batches
 from patchbank.probing.probes import build_probe
 from patchbank.probing.probes.base import ProbeShape
+from patchbank.probing.probes.probe_files import file_sha256
 from patchbank.probing.probes.tokens import Buffers
 from patchbank.probing.protocol import train_tasks
 from patchbank.probing.run import run_training
@@ -187,9 +188,12 @@ def test_each_label_table_has_a_folder_of_results(tmp_path: Path) -> None:
         write_labels(tmp_path / f"{name}.csv", bank, targets)
         for name, targets in (("kinds", first), ("pairs", second))
     ]
+    (tmp_path / "RUN").mkdir()
+    (tmp_path / "RUN/results.json").write_text("{}")
     results = run_training(
         bank, tables, tmp_path / "RUN", probes=["linear"], settings=SETTINGS, source=bank.source
     )
+    assert not (tmp_path / "RUN/results.json").exists(), "an older run would stand for this one"
     assert list(results) == ["kinds", "pairs"]
     for name, found in results.items():
         folder = tmp_path / "RUN" / name
@@ -198,11 +202,48 @@ def test_each_label_table_has_a_folder_of_results(tmp_path: Path) -> None:
     assert [len(found["classes"]) for found in results.values()] == [4, 2]
 
 
+def test_a_table_without_clips_in_a_part_is_named(tmp_path: Path) -> None:
+    tokens, first, _ = needles()
+    bank = bank_of(tokens)
+    whole = write_labels(tmp_path / "whole.csv", bank, first)
+    part = tmp_path / "part.csv"
+    part.write_text("\n".join(whole.read_text().splitlines()[:40]))
+    with pytest.raises(TrialError, match="labels of part: found no usable clips in valid and test"):
+        run_training(
+            bank,
+            [whole, part],
+            tmp_path / "RUN",
+            probes=["linear"],
+            source=bank.source,
+            allow_unlabelled=True,
+        )
+
+
 def test_tables_of_one_name_are_refused(tmp_path: Path) -> None:
     bank = bank_of(needles()[0])
     tables = [tmp_path / "a/labels.csv", tmp_path / "b/labels.csv"]
     with pytest.raises(TrialError, match="expected different file names: each names a folder"):
         run_training(bank, tables, tmp_path / "RUN", probes=["linear"], source=bank.source)
+
+
+def test_the_digest_of_a_probes_file_is_that_of_what_was_run(tmp_path: Path) -> None:
+    tokens, targets, _ = needles()
+    bank, file = bank_of(tokens), tmp_path / "mine.py"
+    labels = write_labels(tmp_path / "labels.csv", bank, targets)
+    file.write_text("from patchbank.probing.probes.linear import build_linear as build")
+    digest = file_sha256(file)
+    run_training(
+        bank,
+        labels,
+        tmp_path / "RUN",
+        probes=[Entry("mine", str(file))],
+        settings=SETTINGS,
+        source=bank.source,
+        progress=lambda state: (file.write_text("changed"), None)[1],
+    )
+    assert file.read_text() == "changed"
+    saved = json.loads((tmp_path / "RUN/mine/probe.json").read_text())
+    assert saved["plugin_sha256"] == digest
 
 
 def test_several_layers_are_several_probes_and_a_mix_is_one(tmp_path: Path) -> None:
@@ -228,6 +269,13 @@ def test_several_layers_are_several_probes_and_a_mix_is_one(tmp_path: Path) -> N
     assert (mixed.layers, mixed.shape.n_layers) == ((1, 2), 2)
     batch = next(bank.source([1, 2]).read([SPLIT.test]))
     assert mixed.predict_batch(batch).shape == (25, 4)
+    with pytest.raises(TrialError, match=r"found no layer 1, 2 in the batch, expected layer 1\+2"):
+        mixed.predict_proba(tokens)
+    # A probe of one layer takes it from a batch of several.
+    first = load_probe(out / "linear@1")
+    only = next(bank.source([1]).read([SPLIT.test]))
+    spoilt = replace(batch, layers={1: batch[1], 2: LayerTokens(7 * batch[2].patches)})
+    assert np.array_equal(first.predict_batch(spoilt), first.predict_batch(only))
 
 
 def test_layers_of_other_sizes_cannot_be_mixed() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -89,6 +90,7 @@ class Tokens:
         self.prefix, self.n_patches = prefix, n_patches
         self.dtype, self.device = dtype, device
         self._others = tuple(others)
+        self._last: Tokens | None = None
         self._stored, self._buffers, self._name = patches, buffers or Buffers(), name
         self._made: dict[str, Any] = {}
         if isinstance(patches, Tensor):
@@ -103,7 +105,7 @@ class Tokens:
     def layers(self) -> tuple[Tokens, ...]:
         """The layers that a probe may mix, this one last."""
         # Not an attribute: tokens that hold themselves stay until Python looks for such cycles.
-        return (*self._others, self)
+        return (*self._others, self._last or self)
 
     @cached_property
     def patches(self) -> Float[Tensor, "clip patch dim"]:
@@ -188,6 +190,12 @@ class Tokens:
                 return directions_of_codes(stored, quantised.factors, self.n_patches)
         return directions_of_floats(self.patches, self.n_patches)
 
+    def after(self, others: Sequence[Tokens]) -> Tokens:
+        """For a probe that mixes layers: `others`, and these, which are made once for all."""
+        found = copy.copy(self)
+        found._others, found._last = tuple(others), self
+        return found
+
     def take(self, clips: Int[Tensor, " _"]) -> Tokens:
         """The tokens of some clips, by their places in the batch, as a copy."""
         return Tokens(
@@ -238,7 +246,6 @@ def convert(
     device: torch.device,
     buffers: Buffers,
     layer: int | None = None,
-    others: Sequence[Tokens] = (),
 ) -> Tokens:
     """The tokens of one layer of `batch` (the only one by default) in `dtype` on `device`.
 
@@ -261,7 +268,6 @@ def convert(
         device=device,
         buffers=buffers,
         name="" if layer is None else str(layer),
-        others=others,
     )
 
 
