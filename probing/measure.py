@@ -17,7 +17,7 @@ from patchbank.probing.passes import OnProgress
 from patchbank.probing.run import run_training
 from patchbank.probing.settings import TrainSettings
 
-MEASURED_PROBES = ("linear", "mhca", "protobin")
+MEASURED_PROBES = ("linear", "linpre", "mhca", "protobin")
 NOTES = "notes/measured"
 LONGEST_NOTE = 2**20
 Facts = dict[str, Any]

@@ -32,7 +32,7 @@ def test_convert_measures_and_show_prints(
     (note,) = (out / "notes/measured").glob("labels-*-2.json")
     facts = json.loads(note.read_text())
     assert facts["reference"]["stored_dtype"] == "float16"
-    assert set(facts["probes"]) == {"linear", "mhca", "protobin"}
+    assert set(facts["probes"]) == {"linear", "linpre", "mhca", "protobin"}
     for change in facts["probes"].values():
         assert change["change"] == change["bank"]["mean"] - change["reference"]["mean"]
     assert verify_bank(out) == ()
@@ -40,7 +40,7 @@ def test_convert_measures_and_show_prints(
     assert main(["bank", "show", str(out)]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     linear = 100 * facts["probes"]["linear"]["change"]
-    assert f"against float16: linear {linear:+.2f}, mhca" in printed
+    assert f"against float16: linear {linear:+.2f}, linpre" in printed
     assert f"points of {facts['metric']} (layer 2, labels.csv, 1 seeds)" in printed
     assert main(["bank", "show", str(out), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)["measured"]
