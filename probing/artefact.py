@@ -88,7 +88,7 @@ class ProbeArtefact:
     def predict_batch(self, batch: Batch) -> Float[np.ndarray, "clip class"]:
         """Probabilities of a batch, which holds all of `layers`, or one layer of any name."""
         layers = self.layers
-        if len(layers) < 2 and not set(layers) <= set(batch.layers):
+        if len(layers) < 2 and not (layers and layers[0] in batch.layers):
             layers = tuple(batch.layers)[-1:]
         missing = sorted(set(layers) - set(batch.layers))
         if missing:

@@ -17,7 +17,7 @@ from rich.console import Console
 from patchbank.pipeline.errors import ManifestError, TrialError
 from patchbank.probing import run, train
 from patchbank.probing.artefact import load_probe
-from patchbank.probing.batch import ArraySource
+from patchbank.probing.batch import NO_LAYER, ArraySource, LayerTokens
 from patchbank.probing.metrics import score
 from patchbank.probing.passes import Progress
 from patchbank.probing.protocol import Candidate, choose
@@ -70,8 +70,8 @@ def test_a_run_repeats_bit_for_bit_and_other_probes_change_nothing() -> None:
 class CountingSource(ArraySource):
     """Remembers every row that was read."""
 
-    def __init__(self, tokens: torch.Tensor) -> None:
-        super().__init__(tokens)
+    def __init__(self, tokens: torch.Tensor, layer: int = NO_LAYER) -> None:
+        super().__init__({layer: LayerTokens(tokens)})
         self.seen: list[int] = []
 
     def read(self, batches):  # type: ignore[no-untyped-def]
@@ -288,7 +288,7 @@ def test_the_saved_probe_is_the_best_seed_on_validation_data(tmp_path: Path) -> 
     settings = replace(TINY, n_seeds=4)
     results = run_training(bank, labels, tmp_path, probes=["linear"], settings=settings)
     probe = load_probe(tmp_path / "linear")
-    assert (probe.layer, probe.encoder_id) == (2, bank.encoder_id)
+    assert (probe.layers, probe.encoder_id) == ((2,), bank.encoder_id)
     assert (probe.encoder, probe.window) == (bank.card["encoder"], bank.card["window"])
     [found] = results["probes"]["linear"]["search"]
     assert found["best_seed"] == probe.training["seed"]
@@ -403,7 +403,7 @@ def test_rows_that_train_hold_no_sound_of_a_clip_that_selects_or_tests(tmp_path:
     (tmp_path / "splits.csv").write_text(
         "clip_id,split\n" + "".join(f"{name},{part}\n" for name, part in part_of.items() if part)
     )
-    source = CountingSource(tokens)
+    source = CountingSource(tokens, layer=2)
     said: list[str] = []
     results = run.run_training(
         NeedleBank(clips, tokens),
