@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from patchbank.pipeline.errors import TrialError
 from patchbank.probing.probes.base import (
     Dropout,
     Logits,
@@ -20,12 +19,12 @@ from patchbank.probing.probes.base import (
     Weights,
     apply_dropout,
     apply_linear,
-    check_options,
     uniform_linear,
 )
 from patchbank.probing.probes.extreme_match import extreme_match
 from patchbank.probing.probes.layer_mix import LAYERS
 from patchbank.probing.probes.mixing import layers_to_mix, mix
+from patchbank.probing.probes.options import check_options, dropout_rate, whole
 from patchbank.probing.probes.tokens import Tokens
 
 
@@ -42,8 +41,8 @@ class ConvexGatedProbe(Probe):
     # The authors train with 1e-3 and search nothing.
     learning_rates: ClassVar[tuple[float, float]] = (1e-4, 3e-3)
 
-    n_prototypes: int = 10_000
-    dropout: float = 0.2
+    n_prototypes: int
+    dropout: float
 
     @property
     def trials_at_once(self) -> int | None:
@@ -114,9 +113,5 @@ def build_cgp(shape: ProbeShape, options: Options) -> ConvexGatedProbe:
     likewise).
     """
     check_options("cgp", options, ("n_prototypes", "dropout"))
-    probe = ConvexGatedProbe(shape, **options)
-    if probe.n_prototypes < 1:
-        raise TrialError(f"found n_prototypes={probe.n_prototypes}, expected at least 1")
-    if not 0 <= probe.dropout < 1:
-        raise TrialError(f"found dropout={probe.dropout}, expected at least 0 and below 1")
-    return probe
+    n_prototypes = whole(options, "n_prototypes", 10_000)
+    return ConvexGatedProbe(shape, n_prototypes, dropout_rate(options, 0.2))

@@ -18,8 +18,8 @@ from patchbank.probing.probes.base import (
     Probe,
     ProbeShape,
     Weights,
-    check_options,
 )
+from patchbank.probing.probes.options import check_options, choice, number, whole
 from patchbank.probing.probes.tokens import Tokens
 
 BLOCK_CLIPS = 2**16
@@ -107,17 +107,11 @@ def build_knn(shape: ProbeShape, options: Options) -> KnnProbe:
     mean vector. Seeds make no difference, and there is no learning rate to search for.
     """
     check_options("knn", options, ("k", "temperature", "vector"))
-    vector = options.get("vector", "mean")
-    if vector not in ("mean", "cls"):
-        raise TrialError(f"found vector={vector!r}, expected mean or cls")
+    vector = choice(options, "vector", ("mean", "cls"), "mean")
     if vector == "cls" and shape.n_prefix < 1:
         raise TrialError(
             "probe 'knn' with vector=cls needs a CLS token, found no prefix tokens in this layer "
             "of the bank; leave vector out to take the mean of the patches"
         )
-    probe = KnnProbe(shape, options.get("k", 20), options.get("temperature", 0.07), vector)
-    if probe.k < 1:
-        raise TrialError(f"found k={probe.k}, expected at least 1")
-    if probe.temperature <= 0:
-        raise TrialError(f"found temperature={probe.temperature}, expected more than 0")
-    return probe
+    temperature = number(options, "temperature", 0.07, above=0)
+    return KnnProbe(shape, whole(options, "k", 20), temperature, vector)
