@@ -22,7 +22,7 @@ from patchbank.probing.probes.base import (
     uniform_linear,
 )
 from patchbank.probing.probes.extreme_match import extreme_match
-from patchbank.probing.probes.layer_mix import LAYERS
+from patchbank.probing.probes.layer_mix import LAYERS, ONE_AT_A_TIME
 from patchbank.probing.probes.mixing import layers_to_mix, mix
 from patchbank.probing.probes.options import check_options, dropout_rate, whole
 from patchbank.probing.probes.tokens import Tokens
@@ -49,6 +49,10 @@ class ConvexGatedProbe(Probe):
         return None if self.shape.n_layers == 1 else 1
 
     @property
+    def note(self) -> str | None:
+        return None if self.shape.n_layers == 1 else ONE_AT_A_TIME
+
+    @property
     def uses_prefix(self) -> bool:
         return self.shape.n_prefix > 0
 
@@ -68,7 +72,7 @@ class ConvexGatedProbe(Probe):
     def _features(
         self, weights: Weights, tokens: Tokens
     ) -> Float[Tensor, "clip trial 3 prototype"]:
-        layers = layers_to_mix(tokens, self.shape.n_layers)
+        layers = layers_to_mix(tokens, self.shape.n_layers, uses_prefix=self.uses_prefix)
         prototypes = F.normalize(weights["prototypes"], dim=-1)
         if len(layers) == 1:
             found = self._similarities(layers, None, prototypes.flatten(0, 1))
