@@ -55,11 +55,20 @@ class KnnProbe(Probe):
         return F.normalize(torch.stack(layers).mean(dim=0), dim=-1)
 
     def remember(
-        self, vectors: Float[Tensor, "seen dim"], targets: Float[Tensor, "seen class"]
+        self,
+        vectors: Float[Tensor, "seen dim"],
+        targets: Float[Tensor, "seen class"],
+        *,
+        multi_label: bool | None = None,
     ) -> Weights:
-        """What `logits` needs of the training clips, with a trial axis of one."""
-        is_exclusive = bool((targets.sum(dim=1) - 1).abs().max() < 1e-4)
-        exclusive = torch.full((1, 1), float(is_exclusive), dtype=vectors.dtype)
+        """What `logits` needs of the training clips, with a trial axis of one.
+
+        `multi_label` says whether probabilities are sigmoids of the logits or their softmax; by
+        None, sigmoids where some clip has not exactly one label.
+        """
+        if multi_label is None:
+            multi_label = not bool((targets.sum(dim=1) - 1).abs().max() < 1e-4)
+        exclusive = torch.full((1, 1), float(not multi_label), dtype=vectors.dtype)
         return {"vectors": vectors[None], "targets": targets[None], "exclusive": exclusive}
 
     def logits(self, weights: Weights, tokens: Tokens, *, dropout: Dropout | None = None) -> Logits:
