@@ -16,6 +16,9 @@ from patchbank.probing.probes.base import Probe, Weights, stacked_weights
 from patchbank.probing.probes.tokens import Tokens
 from patchbank.probing.randomness import generator
 
+OUT_OF_MEMORY = ("can't allocate", "CUBLAS_STATUS_ALLOC_FAILED", "[CUDA]: out of memory")
+"""Of torch's allocator on a CPU, of cuBLAS for its workspace, and of triton."""
+
 
 @dataclass(frozen=True)
 class Trial:
@@ -150,5 +153,7 @@ class TrialStack:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    # What a CPU lacks is a plain RuntimeError of the allocator.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate" in str(error)
+    # What a CPU, cuBLAS or a driver lacks is a plain RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in OUT_OF_MEMORY
+    )

@@ -236,7 +236,7 @@ REFUSED: dict[str, tuple[str, Options, str]] = {
     "ep queries": ("ep", {"n_queries": 5}, "found n_queries=5, expected a divisor of dim/d_out=24"),
     "ep d_out": ("ep", {"d_out": 7}, "found d_out=7, expected a divisor of dim=24"),
     "ep option": ("ep", {"heads": 1}, "found option heads for probe 'ep'; it has n_queries, d_out"),
-    "gamma": ("simpool", {"gamma": 0}, "found gamma=0, expected a number above 0, or None"),
+    "gamma": ("simpool", {"gamma": 0}, "found gamma=0, expected more than 0, or null"),
     "self-attention": (
         "abmilp",
         {"self_attention": "all"},

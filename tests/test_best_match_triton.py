@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import dedent
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -19,6 +22,9 @@ from patchbank.probing.probes.base import ProbeShape
 from patchbank.probing.probes.best_match import match_tokens
 from patchbank.probing.probes.tokens import Tokens
 from patchbank.probing.trials import Trial, TrialStack
+
+if TYPE_CHECKING:
+    from triton.compiler import CompiledKernel
 
 CHECKS = Path(__file__).parent / "kernel_checks.py"
 needs_triton = pytest.mark.skipif(
@@ -49,7 +55,33 @@ def test_the_kernel_agrees_with_plain_torch_on_a_gpu() -> None:
     assert all(line.endswith(": equal") for line in run_checks("cuda", interpreted=False))
 
 
-POINTERS = {"prototypes": "fp16", "counts": "i32", "winner_out": "i32"}
+POINTERS = {"prototypes": "fp16", "counts": "i32", "winner_out": "i32", "winners": "i32"}
+NUMBERS = ("n_prototypes", "n_clips")
+BLOCK = ("PROTOTYPES", "PATCHES", "DIMS")
+
+
+def compiled(
+    name: str, constants: dict[str, int], pointers: dict[str, str], **options: int
+) -> CompiledKernel:
+    """A kernel for an H100, which need not be there."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from patchbank.probing.probes import best_match_triton
+
+    kernel = getattr(best_match_triton, name)
+    constants = {"n_patches": 512, "dim": 768, **constants}
+    signature = {
+        name: "constexpr"
+        if name in constants
+        else "i32"
+        if name in NUMBERS
+        else f"*{(POINTERS | pointers).get(name, 'fp32')}"
+        for name in kernel.arg_names
+    }
+    source = ASTSource(kernel, signature, constants)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
 @needs_triton
@@ -58,35 +90,116 @@ POINTERS = {"prototypes": "fp16", "counts": "i32", "winner_out": "i32"}
 )
 def test_the_kernel_compiles_for_a_gpu_that_is_not_there(stored: str, compared: str) -> None:
     """Down to the machine code of an H100, which says whether tensor cores do the products."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from patchbank.probing.probes.best_match_triton import SIZES
 
-    from patchbank.probing.probes.best_match_triton import SIZES, _match_kernel
-
-    prototypes, patches, dims, n_stages, n_warps = SIZES[-1]
-    constants = {
-        "n_patches": 512,
-        "dim": 768,
-        "HAS_OFFSET": stored == "i8",
-        "PROTOTYPES": prototypes,
-        "PATCHES": patches,
-        "DIMS": dims,
-    }
-    pointers = POINTERS | {"tokens": stored, "prototypes": compared}
-    signature = {
-        name: "constexpr"
-        if name in constants
-        else "i32"
-        if name == "n_prototypes"
-        else f"*{pointers.get(name, 'fp32')}"
-        for name in _match_kernel.arg_names
-    }
-    source = ASTSource(_match_kernel, signature, constants)
-    options = {"num_stages": n_stages, "num_warps": n_warps}
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    *block, n_stages, n_warps = SIZES[-1]
+    kernel = compiled(
+        "_match_kernel",
+        {"HAS_OFFSET": stored == "i8", **dict(zip(BLOCK, block, strict=True))},
+        {"tokens": stored, "prototypes": compared},
+        num_stages=n_stages,
+        num_warps=n_warps,
+    )
     assert "wgmma.mma_async" in kernel.asm["ptx"]
     assert kernel.metadata.shared <= 227 * 1024
+    assert products_of_32_bits(kernel) == []
+
+
+def products_of_32_bits(kernel: CompiledKernel) -> list[str]:
+    """Lines that multiply places: 32 bits end at 2^31 numbers, 2.8 million prototypes of 768."""
+    return re.findall(r"arith\.muli .*tensor<\S*xi32>", kernel.asm["ttir"])
+
+
+@needs_triton
+def test_the_gradient_compiles_once_for_batches_of_any_size() -> None:
+    from patchbank.probing.probes.best_match_triton import GRADIENT_BLOCK, _gradient_kernel
+
+    kernel = compiled("_gradient_kernel", GRADIENT_BLOCK, {"tokens": "i8"})
+    assert products_of_32_bits(kernel) == []
+    [n_clips] = [one for one in _gradient_kernel.params if one.name == "n_clips"]
+    assert not n_clips.is_constexpr
+    assert n_clips.do_not_specialize
+
+
+@needs_triton
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU is always the current one")
+def test_tokens_of_another_gpu_than_the_current_one_are_matched_there() -> None:
+    tokens = stored_tokens("float16", (2, 40, 16), None, "cuda:1")
+    random = torch.Generator().manual_seed(0)
+    prototypes = torch.randn(20, 16, generator=random).to("cuda:1").requires_grad_()
+    with torch.cuda.device(0):
+        best = match_tokens(tokens, prototypes)
+        best.sum().backward()
+    expected = (tokens.directions @ prototypes.T).amax(dim=1)
+    torch.testing.assert_close(best, expected, rtol=0, atol=2e-3)
+    assert prototypes.grad is not None
+
+
+BROKEN = {
+    "cannot be imported": (
+        "raise OSError('libtriton.so: wrong ELF class')",
+        "OSError: libtriton.so: wrong ELF class",
+    ),
+    "has no compiler": (
+        """
+        from types import SimpleNamespace
+        class Kernel:
+            def __getitem__(self, grid):
+                def launch(*arguments, **constants):
+                    raise RuntimeError("Failed to find C compiler.")
+                return launch
+        knobs = SimpleNamespace(runtime=SimpleNamespace(interpret=True))
+        def jit(function=None, **options):
+            return Kernel() if function else jit_with
+        def jit_with(function):
+            return Kernel()
+        def cdiv(one, other):
+            return -(-one // other)
+        """,
+        "RuntimeError: Failed to find C compiler.",
+    ),
+}
+ASK = """
+import torch
+from patchbank.probing.batch import LayerTokens
+from patchbank.probing.probes.stored_directions import why_no_kernel
+from patchbank.probing.probes.tokens import Tokens
+
+print(why_no_kernel())
+tokens = Tokens(LayerTokens(torch.ones(1, 2, 3)), dtype=torch.float32, device=torch.device("cuda"))
+print(tokens.stored_directions if why_no_kernel() else "the kernel")
+"""
+
+
+def asked(**environment: str) -> list[str]:
+    """What a process of its own says: the reason, and which directions tokens of a GPU have."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", ASK],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(("source", "reason"), BROKEN.values(), ids=BROKEN)
+def test_a_triton_that_does_not_work_leaves_plain_torch_and_says_why(
+    tmp_path: Path, source: str, reason: str
+) -> None:
+    package = tmp_path / "triton"
+    package.mkdir()
+    (package / "__init__.py").write_text(dedent(source))
+    (package / "language.py").write_text("constexpr = int")
+    assert asked(PYTHONPATH=str(tmp_path)) == [reason, "None"]
+
+
+@needs_triton
+def test_a_triton_that_works_is_tried_once() -> None:
+    assert asked(TRITON_INTERPRET="1") == ["None", "the kernel"]
 
 
 @pytest.mark.parametrize("stored", STORED)

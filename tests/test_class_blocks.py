@@ -116,5 +116,5 @@ def test_ten_thousand_classes_never_meet_as_a_dense_matrix() -> None:
 
 
 def test_blocks_without_a_class_are_refused() -> None:
-    with pytest.raises(TrialError, match="found classes_per_block=0, expected at least 1, or none"):
+    with pytest.raises(TrialError, match="found classes_per_block=0, expected at least 1, or null"):
         build_probe("protobin", ProbeShape(6, 3), {"classes_per_block": 0})

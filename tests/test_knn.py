@@ -55,6 +55,21 @@ def test_probabilities_are_weighted_shares_of_votes(multi_label: bool) -> None:
         torch.testing.assert_close(found[clip], votes, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("multi_label", [True, False])
+def test_the_task_decides_about_clips_with_one_label_each(multi_label: bool) -> None:
+    """A multi-label task may have one label on every training clip, by chance or by design."""
+    tokens, targets = needle_tokens(60, multi_label=False)
+    probe = build_probe("knn", ProbeShape(24, 4), {"k": 5})
+    assert isinstance(probe, KnnProbe)
+    seen, labels = probe.vectors(Tokens(tokens[:50])), torch.from_numpy(targets[:50])
+    weights = probe.remember(seen, labels, multi_label=multi_label)
+    logits = probe.logits(weights, Tokens(tokens[50:]))[0]
+    by_targets = probe.logits(probe.remember(seen, labels), Tokens(tokens[50:]))[0]
+    assert torch.equal(logits, by_targets) != multi_label
+    found = torch.sigmoid(logits) if multi_label else logits.softmax(dim=1)
+    torch.testing.assert_close(found, by_targets.softmax(dim=1), atol=1e-5, rtol=0)
+
+
 def test_blocks_of_clips_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens, targets = needle_tokens(60)
     probe = build_probe("knn", ProbeShape(24, 4), {"k": 5})

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -219,7 +220,9 @@ def test_mixed_tokens_are_free_as_soon_as_nobody_holds_them() -> None:
 
 def last_of(n_patches: int, n_prefix: int | None, others: list[Tokens]) -> Tokens:
     prefix = None if n_prefix is None else torch.zeros(4, n_prefix, DIM).double()
-    return Tokens(torch.zeros(4, n_patches, DIM).double(), prefix, others=others)
+    random = torch.Generator().manual_seed(len(others))
+    patches = torch.randn(4, n_patches, DIM, generator=random, dtype=torch.float64)
+    return Tokens(patches, prefix, others=others)
 
 
 REFUSED: dict[str, tuple[Callable[[], Tokens], str]] = {
@@ -231,10 +234,10 @@ REFUSED: dict[str, tuple[Callable[[], Tokens], str]] = {
         lambda: last_of(7, 1, [last_of(7, 1, []), last_of(5, 1, [])]),
         r"found patches \(5, 24\) in layer 2 of 3 and \(7, 24\) in the last, expected",
     ),
-    "other prefixes": (
-        lambda: last_of(7, 1, [last_of(7, None, []), last_of(7, 1, [])]),
-        r"found prefix None in layer 1 of 3 and \(1, 24\) in the last",
-    ),
+}
+OTHER_PREFIXES = {
+    "some have none": [last_of(7, None, []), last_of(7, 1, [])],
+    "the last has fewer": [last_of(7, 2, []), last_of(7, 2, [])],
 }
 
 
@@ -243,3 +246,57 @@ def test_layers_that_cannot_be_mixed_are_named(make: Callable[[], Tokens], messa
     probe = built("linear")
     with pytest.raises(TrialError, match=message):
         probe.logits(weights(probe, "linear"), make())
+
+
+@pytest.mark.parametrize("others", OTHER_PREFIXES.values(), ids=OTHER_PREFIXES)
+@pytest.mark.parametrize("name", ["linear", "protobin", "linear-cls", "cgp"])
+def test_other_prefixes_are_refused_where_the_probe_uses_them(
+    name: str, others: list[Tokens]
+) -> None:
+    probe, seen = built(name), last_of(7, 1, others)
+    stacked = weights(probe, name)
+    if probe.uses_prefix:
+        with pytest.raises(TrialError, match=r"found prefix .* in layer 1 of 3 and \(1, 24\) in"):
+            probe.logits(stacked, seen)
+        return
+    bare = last_of(7, None, [last_of(7, None, []) for _ in others])
+    assert torch.equal(probe.logits(stacked, seen), probe.logits(stacked, bare))
+
+
+def test_a_probe_behind_a_mix_says_that_its_trials_go_one_at_a_time() -> None:
+    said = "trials one at a time: each mixes the layers its own way"
+    assert [built(name).note for name in LEARNING] == [said] * len(LEARNING)
+    assert built("cgp", ProbeShape(DIM, 3, 1)).note is None
+
+
+NAMED = """
+from torch import nn
+from patchbank.probing.probes.plugin import check_options
+
+class Named(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.PARAMETER = nn.Parameter(nn.Linear(shape.dim, shape.n_classes).weight.detach())
+
+    def forward(self, tokens):
+        return tokens.mean @ self.PARAMETER.T
+
+def build(shape, options):
+    check_options("named", options, ())
+    return Named(shape)
+"""
+
+
+def test_a_module_whose_parameter_is_named_like_the_layer_weights_is_refused(
+    tmp_path: Path,
+) -> None:
+    files = {}
+    for parameter in ("layers", "heads"):
+        files[parameter] = tmp_path / f"{parameter}_probe.py"
+        files[parameter].write_text(NAMED.replace("PARAMETER", parameter))
+    probe = build_probe(str(files["layers"]), SHAPE)
+    with pytest.raises(TrialError, match="found an array 'layers' in the probe, expected another"):
+        stacked_weights(probe, "layers_probe", [0])
+    other = build_probe(str(files["heads"]), SHAPE)
+    assert stacked_weights(other, "heads_probe", [0]).keys() == {"heads", "layers"}
+    assert other.note == "trials one at a time: each mixes the layers its own way"

@@ -26,11 +26,11 @@ from patchbank.probing.probes.base import (
     Weights,
     apply_dropout,
     apply_linear,
-    check_options,
     uniform_linear,
 )
 from patchbank.probing.probes.checks import CHECKS
 from patchbank.probing.probes.contract import CheckResult, check_probe
+from patchbank.probing.probes.options import check_options
 from patchbank.probing.probes.plugin_build import PluginBuild
 from patchbank.probing.probes.tokens import Tokens
 

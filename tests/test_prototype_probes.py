@@ -18,7 +18,7 @@ from patchbank.probing.probes.base import (
     n_parameters,
     stacked_weights,
 )
-from patchbank.probing.probes.best_match import best_match
+from patchbank.probing.probes.best_match import best_match, block_size, similarities
 from patchbank.probing.probes.extreme_match import extreme_match
 from patchbank.probing.probes.tokens import Tokens
 from patchbank.probing.trials import Trial, TrialStack
@@ -101,6 +101,20 @@ MASKED = pytest.mark.parametrize("masked", [False, True], ids=["all count", "som
 def in_blocks(monkeypatch: pytest.MonkeyPatch, scratch: int) -> None:
     monkeypatch.setattr(best_match_file, "CPU_SCRATCH", scratch)
     monkeypatch.setattr(best_match_file, "PROTOTYPE_BLOCK", 1024 if scratch > 50 else 7)
+
+
+@pytest.mark.parametrize("n_patches", [1, 1024, 1025, 4096])
+def test_similarities_of_long_clips_fit_the_scratch_too(n_patches: int) -> None:
+    directions, prototypes = torch.randn(3, n_patches, 2), torch.randn(1100, 2)
+    seen = torch.full((3, 1100), -math.inf)
+    for clips, block, similarity in similarities(directions, prototypes):
+        assert similarity.untyped_storage().nbytes() <= 4 * 2**20
+        seen[clips, block] = similarity.amax(dim=2).T
+    torch.testing.assert_close(seen, (directions @ prototypes.T).amax(dim=1))
+
+
+def test_a_block_has_a_prototype_and_a_clip_at_least() -> None:
+    assert block_size(3, 2**21, 1100, torch.device("cpu")) == (1, 1)
 
 
 @BLOCKS

@@ -163,6 +163,10 @@ class Starved(Probe):
 SHORTAGES = {
     "GPU": torch.OutOfMemoryError("CUDA out of memory"),
     "CPU": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 B"),
+    "cuBLAS": RuntimeError(
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+    ),
+    "triton": RuntimeError("Triton Error [CUDA]: out of memory"),
 }
 
 

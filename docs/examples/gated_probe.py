@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from patchbank.probing.probes.plugin import Options, ProbeShape, Tokens, check_options
+from patchbank.probing.probes.plugin import Options, ProbeShape, Tokens, check_options, number
 
 
 class GatedProbe(nn.Module):
@@ -38,4 +38,5 @@ def build(shape: ProbeShape, options: Options) -> nn.Module:
     default 0.2.
     """
     check_options("gated_probe", options, ("dropout",))
-    return GatedProbe(shape.dim, shape.n_classes, **{"dropout": 0.2, **options})
+    dropout = number(options, "dropout", 0.2, at_least=0, below=1)
+    return GatedProbe(shape.dim, shape.n_classes, dropout)

@@ -19,11 +19,11 @@ from patchbank.probing.probes.plugin import (
     Probe,
     ProbeShape,
     Tokens,
-    TrialError,
     Weights,
     apply_dropout,
     apply_linear,
     check_options,
+    number,
     uniform_linear,
 )
 
@@ -67,7 +67,4 @@ def build(shape: ProbeShape, options: Options) -> StatsProbe:
     logits = W dropout([mean_n(z_n), std_n(z_n)]) + b, W (C, 2 D). Option dropout: default 0.
     """
     check_options("stats_probe", options, ("dropout",))
-    probe = StatsProbe(shape, **options)
-    if not 0 <= probe.dropout < 1:
-        raise TrialError(f"found dropout={probe.dropout}, expected at least 0 and below 1")
-    return probe
+    return StatsProbe(shape, number(options, "dropout", 0.0, at_least=0, below=1))

@@ -20,9 +20,9 @@ from patchbank.probing.probes.base import (
     ProbeShape,
     Weights,
     apply_linear,
-    check_options,
     uniform_linear,
 )
+from patchbank.probing.probes.options import check_options
 from patchbank.probing.probes.tokens import Tokens
 
 SelfAttention = Literal["none", "map", "both"]

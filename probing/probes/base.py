@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from patchbank.pipeline.errors import TrialError
 from patchbank.probing.probes.tokens import Tokens
 from patchbank.probing.randomness import generator
 
@@ -157,25 +156,3 @@ def _kept(
     features: Float[Tensor, "clip feature"], rate: float, random: torch.Generator
 ) -> Bool[Tensor, "clip feature"]:
     return torch.rand(features.shape, generator=random, device=features.device) >= rate
-
-
-def check_options(name: str, options: Options, known: Sequence[str]) -> None:
-    """Raises `TrialError` for an option that the probe does not have."""
-    unknown = sorted(set(options) - set(known))
-    if unknown:
-        has = f"it has {', '.join(known)}" if known else "it has none"
-        raise TrialError(f"found option {', '.join(unknown)} for probe {name!r}; {has}")
-
-
-def choice(options: Options, name: str, choices: Sequence[str], default: str) -> Any:
-    """The value of an option that is one of `choices`; raises `TrialError` for any other."""
-    found = options.get(name, default)
-    if found not in choices:
-        raise TrialError(f"found {name}={found!r}, expected {' or '.join(choices)}")
-    return found
-
-
-def check_dropout(rate: float) -> None:
-    """Raises `TrialError` for what is no rate of dropout."""
-    if not 0 <= rate < 1:
-        raise TrialError(f"found dropout={rate}, expected at least 0 and below 1")

@@ -126,7 +126,7 @@ def similarities(
 def block_size(
     n_clips: int, n_patches: int, n_prototypes: int, device: torch.device
 ) -> tuple[int, int]:
-    """(clips, prototypes) whose similarities fit the scratch."""
+    """(clips, prototypes) whose similarities fit the scratch, at least one of each."""
     scratch = CPU_SCRATCH if device.type == "cpu" else DEVICE_SCRATCH
-    width = max(1, min(n_prototypes, PROTOTYPE_BLOCK))
+    width = max(1, min(n_prototypes, PROTOTYPE_BLOCK, scratch // n_patches))
     return max(1, min(n_clips, scratch // (n_patches * width))), width

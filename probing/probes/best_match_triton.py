@@ -2,8 +2,8 @@
 
 One program of the kernel takes one clip and a block of prototypes, walks over the clip's patches
 block by block, and keeps the best similarity and its patch: neither a float copy of the tokens nor
-a (clip, patch, prototype) array is ever written. Imported only where tokens are on a GPU and
-triton is installed; `best_match` is what it has to agree with.
+a (clip, patch, prototype) array is ever written. Imported only where tokens are on a GPU, by
+`why_no_kernel` first; `best_match` is what it has to agree with.
 """
 
 from __future__ import annotations
@@ -86,21 +86,22 @@ def _search(
     def grid(size: dict[str, int]) -> tuple[int, int]:
         return triton.cdiv(n_prototypes, size["PROTOTYPES"]), n_clips
 
-    _kernel[grid](
-        raw,
-        compared,
-        stored.factor,
-        stored.factor if stored.offset_factor is None else stored.offset_factor,
-        stored.factor if offset is None else offset.contiguous(),
-        stored.counts,
-        best,
-        winner,
-        n_prototypes,
-        n_patches,
-        dim,
-        HAS_OFFSET=offset is not None,
-        **(SMALL_SIZE if IS_INTERPRETED else {}),
-    )
+    with torch.cuda.device_of(raw):  # triton launches on the current one
+        _kernel[grid](
+            raw,
+            compared,
+            stored.factor,
+            stored.factor if stored.offset_factor is None else stored.offset_factor,
+            stored.factor if offset is None else offset.contiguous(),
+            stored.counts,
+            best,
+            winner,
+            n_prototypes,
+            n_patches,
+            dim,
+            HAS_OFFSET=offset is not None,
+            **(SMALL_SIZE if IS_INTERPRETED else {}),
+        )
     return best, winner
 
 
@@ -117,19 +118,29 @@ def _gradient(
         triton.cdiv(n_prototypes, GRADIENT_BLOCK["PROTOTYPES"]),
         triton.cdiv(dim, GRADIENT_BLOCK["DIMS"]),
     )
-    _gradient_kernel[grid](
-        stored.raw,
-        stored.factor,
-        winner,
-        gradient,
-        out,
-        n_prototypes,
-        n_clips,
-        n_patches,
-        dim,
-        **GRADIENT_BLOCK,
-    )
+    with torch.cuda.device_of(stored.raw):
+        _gradient_kernel[grid](
+            stored.raw,
+            stored.factor,
+            winner,
+            gradient,
+            out,
+            n_prototypes,
+            n_clips,
+            n_patches,
+            dim,
+            **GRADIENT_BLOCK,
+        )
     return out
+
+
+def try_kernel() -> None:
+    """Compiles and launches the smaller kernel on one number; raises whatever goes wrong."""
+    device = torch.device("cpu" if IS_INTERPRETED else "cuda")
+    one, zero = torch.ones(1, 1, device=device), torch.zeros(1, 1, device=device).int()
+    found = _gradient(StoredDirections(2 * one[None], one, zero[0] + 1), zero, 3 * one)
+    if found.item() != 6:
+        raise ArithmeticError(f"a triton kernel gives {found.item()}, expected 6")
 
 
 @triton.jit
@@ -152,8 +163,9 @@ def _match_kernel(
     DIMS: tl.constexpr,
 ):
     # Programs of one clip are neighbours, so that its tokens come from the cache after the first.
+    # Places in arrays are 64 bits wide: prototypes x dim may have more than 2^31 numbers.
     clip = tl.program_id(1).to(tl.int64)
-    prototype = tl.program_id(0) * PROTOTYPES + tl.arange(0, PROTOTYPES)
+    prototype = (tl.program_id(0) * PROTOTYPES + tl.arange(0, PROTOTYPES)).to(tl.int64)
     is_prototype = prototype < n_prototypes
     count = tl.load(counts + clip)
     best = tl.full((PROTOTYPES,), float("-inf"), tl.float32)
@@ -192,7 +204,7 @@ def _match_kernel(
     tl.store(winner_out + out, winner, mask=is_prototype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_clips"])
 @no_type_check
 def _gradient_kernel(
     tokens,
@@ -201,24 +213,27 @@ def _gradient_kernel(
     gradients,
     out,
     n_prototypes,
-    n_clips: tl.constexpr,
+    n_clips,
     n_patches: tl.constexpr,
     dim: tl.constexpr,
     PROTOTYPES: tl.constexpr,
     DIMS: tl.constexpr,
 ):
-    prototype = tl.program_id(0) * PROTOTYPES + tl.arange(0, PROTOTYPES)
+    prototype = (tl.program_id(0) * PROTOTYPES + tl.arange(0, PROTOTYPES)).to(tl.int64)
     d = tl.program_id(1) * DIMS + tl.arange(0, DIMS)
     is_prototype = prototype < n_prototypes
     is_asked = is_prototype[:, None] & (d < dim)[None, :]
     total = tl.zeros((PROTOTYPES, DIMS), tl.float32)
-    for clip in range(0, n_clips):
+    clip = tl.zeros((), tl.int64)
+    # Not a `for`: its bound would be constant, and every size of a batch compiled anew.
+    while clip < n_clips:
         place = clip * n_prototypes + prototype
         row = tl.load(winners + place, mask=is_prototype, other=0).to(tl.int64) + clip * n_patches
         gradient = tl.load(gradients + place, mask=is_prototype, other=0.0)
         factor = tl.load(factors + row)
         z = tl.load(tokens + row[:, None] * dim + d[None, :], mask=is_asked, other=0)
         total += (gradient * factor)[:, None] * z.to(tl.float32)
+        clip += 1
     tl.store(out + prototype[:, None] * dim + d[None, :], total, mask=is_asked)
 
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from patchbank.pipeline.errors import TrialError
 from patchbank.probing.probes.base import (
     Dropout,
     Logits,
@@ -20,12 +19,12 @@ from patchbank.probing.probes.base import (
     Weights,
     apply_dropout,
     apply_linear,
-    check_options,
     uniform_linear,
 )
 from patchbank.probing.probes.extreme_match import extreme_match
-from patchbank.probing.probes.layer_mix import LAYERS
+from patchbank.probing.probes.layer_mix import LAYERS, ONE_AT_A_TIME
 from patchbank.probing.probes.mixing import layers_to_mix, mix
+from patchbank.probing.probes.options import check_options, dropout_rate, whole
 from patchbank.probing.probes.tokens import Tokens
 
 
@@ -42,12 +41,16 @@ class ConvexGatedProbe(Probe):
     # The authors train with 1e-3 and search nothing.
     learning_rates: ClassVar[tuple[float, float]] = (1e-4, 3e-3)
 
-    n_prototypes: int = 10_000
-    dropout: float = 0.2
+    n_prototypes: int
+    dropout: float
 
     @property
     def trials_at_once(self) -> int | None:
         return None if self.shape.n_layers == 1 else 1
+
+    @property
+    def note(self) -> str | None:
+        return None if self.shape.n_layers == 1 else ONE_AT_A_TIME
 
     @property
     def uses_prefix(self) -> bool:
@@ -69,7 +72,7 @@ class ConvexGatedProbe(Probe):
     def _features(
         self, weights: Weights, tokens: Tokens
     ) -> Float[Tensor, "clip trial 3 prototype"]:
-        layers = layers_to_mix(tokens, self.shape.n_layers)
+        layers = layers_to_mix(tokens, self.shape.n_layers, uses_prefix=self.uses_prefix)
         prototypes = F.normalize(weights["prototypes"], dim=-1)
         if len(layers) == 1:
             found = self._similarities(layers, None, prototypes.flatten(0, 1))
@@ -114,9 +117,5 @@ def build_cgp(shape: ProbeShape, options: Options) -> ConvexGatedProbe:
     likewise).
     """
     check_options("cgp", options, ("n_prototypes", "dropout"))
-    probe = ConvexGatedProbe(shape, **options)
-    if probe.n_prototypes < 1:
-        raise TrialError(f"found n_prototypes={probe.n_prototypes}, expected at least 1")
-    if not 0 <= probe.dropout < 1:
-        raise TrialError(f"found dropout={probe.dropout}, expected at least 0 and below 1")
-    return probe
+    n_prototypes = whole(options, "n_prototypes", 10_000)
+    return ConvexGatedProbe(shape, n_prototypes, dropout_rate(options, 0.2))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -20,9 +19,9 @@ from patchbank.probing.probes.base import (
     Probe,
     ProbeShape,
     Weights,
-    check_options,
 )
 from patchbank.probing.probes.best_match import best_match
+from patchbank.probing.probes.options import check_options, number, switch, whole
 from patchbank.probing.probes.tokens import Tokens
 
 EPSILON = 1e-4
@@ -43,9 +42,9 @@ class ClassPrototypeProbe(Probe):
 
     learning_rates: ClassVar[tuple[float, float]] = (2e-3, 8e-2)
 
-    n_prototypes_per_class: int = 20
-    focal: bool = False
-    orthogonality: float = 1.0
+    n_prototypes_per_class: int
+    focal: bool
+    orthogonality: float
 
     @property
     def uses_prefix(self) -> bool:
@@ -115,15 +114,15 @@ def build_proto(shape: ProbeShape, options: Options) -> ClassPrototypeProbe:
     the norm of the deviation by its number of elements instead, a far weaker penalty).
     """
     check_options("proto", options, ("n_prototypes_per_class", "focal", "orthogonality"))
-    probe = ClassPrototypeProbe(shape, **{"focal": shape.n_prefix > 0, **options})
-    if probe.n_prototypes_per_class < 1:
-        found = probe.n_prototypes_per_class
-        raise TrialError(f"found n_prototypes_per_class={found}, expected at least 1")
+    probe = ClassPrototypeProbe(
+        shape,
+        whole(options, "n_prototypes_per_class", 20),
+        switch(options, "focal", shape.n_prefix > 0),
+        number(options, "orthogonality", 1.0, at_least=0),
+    )
     if probe.focal and shape.n_prefix < 1:
         raise TrialError(
             "found focal=True, but no prefix tokens in this layer of the bank, expected a CLS "
             "token to subtract; leave focal out"
         )
-    if not 0 <= probe.orthogonality < math.inf:
-        raise TrialError(f"found orthogonality={probe.orthogonality}, expected at least 0")
     return probe

@@ -22,10 +22,9 @@ from patchbank.probing.probes.base import (
     ProbeShape,
     Weights,
     apply_linear,
-    check_options,
-    choice,
     uniform_linear,
 )
+from patchbank.probing.probes.options import check_options, choice, whole
 from patchbank.probing.probes.tokens import Tokens
 from patchbank.probing.probes.vectors import n_frequencies
 
@@ -158,12 +157,10 @@ def build_conv(shape: ProbeShape, options: Options) -> ConvProbe:
     check_options("conv", options, ("channels", "kernel", "pooling"))
     probe = ConvProbe(
         shape,
-        int(options.get("channels", 256)),
-        int(options.get("kernel", 3)),
+        whole(options, "channels", 256),
+        whole(options, "kernel", 3),
         choice(options, "pooling", get_args(Pooling), "mean"),
     )
-    if probe.channels < 1:
-        raise TrialError(f"found channels={probe.channels}, expected at least 1")
-    if probe.kernel < 1 or probe.kernel % 2 == 0:
+    if probe.kernel % 2 == 0:
         raise TrialError(f"found kernel={probe.kernel}, expected an odd number of patches")
     return probe

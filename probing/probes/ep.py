@@ -19,9 +19,9 @@ from patchbank.probing.probes.base import (
     ProbeShape,
     Weights,
     apply_linear,
-    check_options,
     uniform_linear,
 )
+from patchbank.probing.probes.options import check_options, whole
 from patchbank.probing.probes.tokens import Tokens
 
 MAX_QUERIES = 32
@@ -120,11 +120,11 @@ def build_ep(shape: ProbeShape, options: Options) -> EfficientProbe:
     wide as a token).
     """
     check_options("ep", options, ("n_queries", "d_out"))
-    d_out = int(options.get("d_out", 1))
-    if d_out < 1 or shape.dim % d_out:
+    d_out = whole(options, "d_out", 1)
+    if shape.dim % d_out:
         raise TrialError(f"found d_out={d_out}, expected a divisor of dim={shape.dim}")
     width = shape.dim // d_out
-    n_queries = int(options.get("n_queries", default_queries(width)))
-    if n_queries < 1 or width % n_queries:
+    n_queries = whole(options, "n_queries", default_queries(width))
+    if width % n_queries:
         raise TrialError(f"found n_queries={n_queries}, expected a divisor of dim/d_out={width}")
     return EfficientProbe(shape, n_queries, d_out)

@@ -18,8 +18,8 @@ from patchbank.probing.probes.base import (
     Probe,
     ProbeShape,
     Weights,
-    check_options,
 )
+from patchbank.probing.probes.options import check_options, choice, number, whole
 from patchbank.probing.probes.tokens import Tokens
 
 BLOCK_CLIPS = 2**16
@@ -55,11 +55,20 @@ class KnnProbe(Probe):
         return F.normalize(torch.stack(layers).mean(dim=0), dim=-1)
 
     def remember(
-        self, vectors: Float[Tensor, "seen dim"], targets: Float[Tensor, "seen class"]
+        self,
+        vectors: Float[Tensor, "seen dim"],
+        targets: Float[Tensor, "seen class"],
+        *,
+        multi_label: bool | None = None,
     ) -> Weights:
-        """What `logits` needs of the training clips, with a trial axis of one."""
-        is_exclusive = bool((targets.sum(dim=1) - 1).abs().max() < 1e-4)
-        exclusive = torch.full((1, 1), float(is_exclusive), dtype=vectors.dtype)
+        """What `logits` needs of the training clips, with a trial axis of one.
+
+        `multi_label` says whether probabilities are sigmoids of the logits or their softmax; by
+        None, sigmoids where some clip has not exactly one label.
+        """
+        if multi_label is None:
+            multi_label = not bool((targets.sum(dim=1) - 1).abs().max() < 1e-4)
+        exclusive = torch.full((1, 1), float(not multi_label), dtype=vectors.dtype)
         return {"vectors": vectors[None], "targets": targets[None], "exclusive": exclusive}
 
     def logits(self, weights: Weights, tokens: Tokens, *, dropout: Dropout | None = None) -> Logits:
@@ -107,17 +116,11 @@ def build_knn(shape: ProbeShape, options: Options) -> KnnProbe:
     mean vector. Seeds make no difference, and there is no learning rate to search for.
     """
     check_options("knn", options, ("k", "temperature", "vector"))
-    vector = options.get("vector", "mean")
-    if vector not in ("mean", "cls"):
-        raise TrialError(f"found vector={vector!r}, expected mean or cls")
+    vector = choice(options, "vector", ("mean", "cls"), "mean")
     if vector == "cls" and shape.n_prefix < 1:
         raise TrialError(
             "probe 'knn' with vector=cls needs a CLS token, found no prefix tokens in this layer "
             "of the bank; leave vector out to take the mean of the patches"
         )
-    probe = KnnProbe(shape, options.get("k", 20), options.get("temperature", 0.07), vector)
-    if probe.k < 1:
-        raise TrialError(f"found k={probe.k}, expected at least 1")
-    if probe.temperature <= 0:
-        raise TrialError(f"found temperature={probe.temperature}, expected more than 0")
-    return probe
+    temperature = number(options, "temperature", 0.07, above=0)
+    return KnnProbe(shape, whole(options, "k", 20), temperature, vector)

@@ -9,12 +9,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from patchbank.pipeline.errors import TrialError
 from patchbank.probing.probes.base import Dropout, Logits, Probe, Weights
 from patchbank.probing.probes.mixing import MixedTokens, layers_to_mix
+from patchbank.probing.probes.module import ModuleProbe
 from patchbank.probing.probes.tokens import Tokens
 
 LAYERS = "layers"
 """Name of the array of layer weights."""
+ONE_AT_A_TIME = "trials one at a time: each mixes the layers its own way"
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,21 @@ class LayerMixProbe(Probe):
 
     @property
     def note(self) -> str | None:
-        return self.inner.note
+        """Behind a mix it makes no difference how a module's trials are stacked."""
+        own = None if isinstance(self.inner, ModuleProbe) else self.inner.note
+        return "; ".join(filter(None, [ONE_AT_A_TIME, own]))
 
     def first_weights(self, random: torch.Generator) -> Weights:
         inner = self.inner.first_weights(random)
+        if LAYERS in inner:
+            raise TrialError(
+                f"found an array {LAYERS!r} in the probe, expected another name: a mix keeps its "
+                "own weights under that; rename it in the probe's file, or pass --layer last"
+            )
         return {**inner, LAYERS: torch.zeros(self.shape.n_layers)}
 
     def logits(self, weights: Weights, tokens: Tokens, *, dropout: Dropout | None = None) -> Logits:
-        layers = layers_to_mix(tokens, self.shape.n_layers)
+        layers = layers_to_mix(tokens, self.shape.n_layers, uses_prefix=self.uses_prefix)
         logits = []
         for trial, shares in enumerate(self.shares(weights)):
             own = slice(trial, trial + 1)

@@ -15,12 +15,11 @@ from patchbank.probing.probes.base import (
     ProbeShape,
     Weights,
     apply_shared_linear,
-    check_options,
-    choice,
     uniform_linear,
 )
 from patchbank.probing.probes.best_match import best_match
 from patchbank.probing.probes.log_mean_exp import log_mean_exp
+from patchbank.probing.probes.options import check_options, choice
 from patchbank.probing.probes.tokens import Tokens
 
 Pooling = Literal["max", "mean", "lse"]

@@ -18,9 +18,9 @@ from patchbank.probing.probes.base import (
     ProbeShape,
     Weights,
     apply_linear,
-    check_options,
     uniform_linear,
 )
+from patchbank.probing.probes.options import check_options, whole
 from patchbank.probing.probes.tokens import Tokens
 
 MAX_HEADS = 12
@@ -89,7 +89,7 @@ def build_mhca(shape: ProbeShape, options: Options) -> MhcaProbe:
     smaller divisor of D.
     """
     check_options("mhca", options, ("n_heads",))
-    n_heads = int(options.get("n_heads", default_heads(shape.dim)))
-    if n_heads < 1 or shape.dim % n_heads:
+    n_heads = whole(options, "n_heads", default_heads(shape.dim))
+    if shape.dim % n_heads:
         raise TrialError(f"found n_heads={n_heads}, expected a divisor of dim={shape.dim}")
     return MhcaProbe(shape, n_heads)

@@ -14,15 +14,18 @@ from patchbank.pipeline.errors import TrialError
 from patchbank.probing.probes.tokens import Tokens
 
 
-def layers_to_mix(tokens: Tokens, n_layers: int) -> tuple[Tokens, ...]:
-    """The layers of a batch; `TrialError` where they are other ones than the probe's, or differ."""
+def layers_to_mix(tokens: Tokens, n_layers: int, *, uses_prefix: bool) -> tuple[Tokens, ...]:
+    """The layers of a batch; `TrialError` where they are other ones than the probe's, or differ.
+
+    Prefix tokens may differ where the probe does not use them.
+    """
     layers = tokens.layers
     if len(layers) != n_layers:
         raise TrialError(
             f"found {len(layers)} layers in the batch, expected the {n_layers} that the probe "
             "mixes; read the same layers as in training"
         )
-    for kind in ("patches", "prefix"):
+    for kind in ("patches", "prefix") if uses_prefix else ("patches",):
         shapes = [_shape(layer, kind) for layer in layers]
         for position, shape in enumerate(shapes, start=1):
             if shape != shapes[-1]:
@@ -99,7 +102,9 @@ class MixedTokens(Tokens):
     def __init__(self, layers: Sequence[Tokens], shares: Float[Tensor, " layer"]) -> None:
         last = layers[-1]
         prefixes = [layer.prefix for layer in layers if layer.prefix is not None]
-        prefix = mix(shares, prefixes) if prefixes else None
+        # Where some layers have none, or another number, the probe does not use them.
+        can_mix = len(prefixes) == len(layers) and len({one.shape for one in prefixes}) == 1
+        prefix = mix(shares, prefixes) if can_mix else None
         super().__init__(last._stored, prefix, last.n_patches, dtype=last.dtype, device=last.device)
         self.__dict__.pop("patches", None)  # the last layer's, where it is floats already
         self._sources, self._shares = tuple(layers), shares

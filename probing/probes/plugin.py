@@ -12,10 +12,10 @@ from patchbank.probing.probes.base import (
     Weights,
     apply_dropout,
     apply_linear,
-    check_options,
     uniform_linear,
 )
 from patchbank.probing.probes.best_match import best_match
+from patchbank.probing.probes.options import check_options, choice, number, switch, whole
 from patchbank.probing.probes.tokens import Tokens
 
 __all__ = [
@@ -31,5 +31,9 @@ __all__ = [
     "apply_linear",
     "best_match",
     "check_options",
+    "choice",
+    "number",
+    "switch",
     "uniform_linear",
+    "whole",
 ]

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from patchbank.pipeline.errors import TrialError
 from patchbank.probing.probes.base import (
     Dropout,
     Logits,
@@ -19,12 +18,11 @@ from patchbank.probing.probes.base import (
     ProbeShape,
     Weights,
     apply_dropout,
-    check_dropout,
-    check_options,
     uniform_linear,
 )
 from patchbank.probing.probes.best_match import match_tokens
 from patchbank.probing.probes.class_blocks import apply_class_blocks
+from patchbank.probing.probes.options import check_options, dropout_rate, whole
 from patchbank.probing.probes.tokens import Tokens
 
 OPTIONS = ("n_prototypes_per_class", "dropout", "classes_per_block")
@@ -41,9 +39,9 @@ class PrototypeProbe(Probe):
     learning_rates: ClassVar[tuple[float, float]] = (2e-3, 8e-2)
 
     is_binary: bool
-    n_prototypes_per_class: int = 20
-    dropout: float = 0.2
-    classes_per_block: int | None = None
+    n_prototypes_per_class: int
+    dropout: float
+    classes_per_block: int | None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -118,14 +116,13 @@ def build_protofloat(shape: ProbeShape, options: Options) -> PrototypeProbe:
 
 def _build(name: str, shape: ProbeShape, options: Options, *, is_binary: bool) -> PrototypeProbe:
     check_options(name, options, OPTIONS)
-    probe = PrototypeProbe(shape, is_binary, **options)
-    if probe.n_prototypes_per_class < 1:
-        found = probe.n_prototypes_per_class
-        raise TrialError(f"found n_prototypes_per_class={found}, expected at least 1")
-    check_dropout(probe.dropout)
-    if probe.classes_per_block is not None and probe.classes_per_block < 1:
-        raise TrialError(
-            f"found classes_per_block={probe.classes_per_block}, expected at least 1, or none for "
-            "a dense layer"
-        )
-    return probe
+    block = None
+    if options.get("classes_per_block") is not None:
+        block = whole(options, "classes_per_block", 1, other="null for a dense layer")
+    return PrototypeProbe(
+        shape,
+        is_binary,
+        whole(options, "n_prototypes_per_class", 20),
+        dropout_rate(options, 0.2),
+        block,
+    )

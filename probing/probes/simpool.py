@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from patchbank.pipeline.errors import TrialError
 from patchbank.probing.probes.base import (
     Dropout,
     Logits,
@@ -18,9 +17,9 @@ from patchbank.probing.probes.base import (
     ProbeShape,
     Weights,
     apply_linear,
-    check_options,
     uniform_linear,
 )
+from patchbank.probing.probes.options import check_options, number
 from patchbank.probing.probes.tokens import Tokens
 
 NORM_EPSILON = 1e-6
@@ -123,7 +122,6 @@ def build_simpool(shape: ProbeShape, options: Options) -> SimPoolProbe:
     the clips of a batch change each other's logits).
     """
     check_options("simpool", options, ("gamma",))
-    gamma = options.get("gamma")
-    if gamma is not None and not 0 < gamma < math.inf:
-        raise TrialError(f"found gamma={gamma}, expected a number above 0, or None")
-    return SimPoolProbe(shape, None if gamma is None else float(gamma))
+    if options.get("gamma") is None:
+        return SimPoolProbe(shape)
+    return SimPoolProbe(shape, number(options, "gamma", 1.0, above=0, other="null"))

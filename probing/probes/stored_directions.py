@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -70,9 +69,21 @@ def directions_of_codes(
 
 
 @cache
-def has_triton() -> bool:
-    """Whether there is what compiles kernels for a GPU."""
-    return find_spec("triton") is not None
+def why_no_kernel() -> str | None:
+    """Why prototypes meet a GPU's tokens in plain torch; None where their own kernel works.
+
+    Found out once, by compiling and launching a small one: triton may be missing or broken, or
+    lack a C compiler.
+    """
+    try:
+        from patchbank.probing.probes.best_match_triton import try_kernel
+
+        try_kernel()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def _counts(

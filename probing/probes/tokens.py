@@ -17,7 +17,7 @@ from patchbank.probing.probes.stored_directions import (
     StoredDirections,
     directions_of_codes,
     directions_of_floats,
-    has_triton,
+    why_no_kernel,
 )
 
 Made = TypeVar("Made")
@@ -174,7 +174,7 @@ class Tokens:
         """Directions without floats, for a GPU's own kernel; None where they are to be floats."""
         ready: Tensor | None = self.__dict__.get("patches")
         if (self.device.type, self.dtype) != ("cuda", torch.float32) or (
-            (ready is not None and ready.requires_grad) or not has_triton()
+            (ready is not None and ready.requires_grad) or why_no_kernel() is not None
         ):
             return None
         return self._as_stored()

@@ -21,11 +21,9 @@ from patchbank.probing.probes.base import (
     apply_dropout,
     apply_linear,
     apply_shared_linear,
-    check_dropout,
-    check_options,
-    choice,
     uniform_linear,
 )
+from patchbank.probing.probes.options import check_options, choice, dropout_rate, whole
 from patchbank.probing.probes.tokens import Tokens
 
 Vector = Literal["mean", "cls"]
@@ -114,13 +112,10 @@ def build_mlp(shape: ProbeShape, options: Options) -> MlpProbe:
     check_options("mlp", options, ("hidden", "vector", "dropout"))
     probe = MlpProbe(
         shape,
-        int(options.get("hidden", shape.dim)),
+        whole(options, "hidden", shape.dim),
         choice(options, "vector", get_args(Vector), "mean"),
-        float(options.get("dropout", 0.0)),
+        dropout_rate(options, 0.0),
     )
-    if probe.hidden < 1:
-        raise TrialError(f"found hidden={probe.hidden}, expected at least 1")
-    check_dropout(probe.dropout)
     if probe.vector == "cls":
         _check_cls(shape, "mlp", "vector=cls", "vector=mean")
     return probe

@@ -14,7 +14,7 @@ from train_report import Measure, Target
 from patchbank.probing.probes.stored_directions import (
     StoredDirections,
     directions_of_floats,
-    has_triton,
+    why_no_kernel,
 )
 
 SECTION = "GPU"
@@ -34,8 +34,8 @@ def missing() -> str | None:
     """Why there is nothing to measure."""
     if not torch.cuda.is_available():
         return "fused similarity-max against cuBLAS: no GPU: missing"
-    if not has_triton():
-        return "fused similarity-max against cuBLAS: no triton: missing"
+    if reason := why_no_kernel():
+        return f"fused similarity-max against cuBLAS: {reason}: missing"
     return None
 
 
