@@ -136,7 +136,7 @@ class _Fit:
         [decay] = settings.weight_decays[self.name]
         trials = [Trial(rate, decay, settings.order_seed) for rate in rates]
         course = Course(
-            stack_of(self.name, self.family, trials, settings),
+            stack_of(self.name, self.family, trials, settings, multi_label=self.is_multi_label),
             self.targets,
             rows,
             choose_loss(settings, multi_label=self.is_multi_label),

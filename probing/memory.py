@@ -27,10 +27,12 @@ class MemoryStack:
         probe: KnnProbe,
         trials: Sequence[Trial],
         *,
+        multi_label: bool | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
         self.name, self.probe, self.trials = name, probe, tuple(trials)
+        self._multi_label = multi_label
         self._dtype, self._device = dtype, torch.empty(0, device=device).device
         self.parts = [slice(0, len(self.trials))]
         self._vectors: list[Tensor] = []
@@ -54,7 +56,8 @@ class MemoryStack:
         if len(self._vectors) > 1:
             self._vectors = [torch.cat(self._vectors)]
             self._targets = [torch.cat(self._targets)]
-        return self.probe.remember(self._vectors[0], self._targets[0])
+        [vectors], [targets] = self._vectors, self._targets
+        return self.probe.remember(vectors, targets, multi_label=self._multi_label)
 
     @torch.no_grad()
     def logits(self, tokens: Tokens) -> Float[Tensor, "trial clip class"]:

@@ -78,7 +78,9 @@ def course_of(
         for point, seed in zip(points, seeds, strict=True)
     ]
     return Course(
-        stack_of(study.entry.family_name, study.probe, trials, settings),
+        stack_of(
+            study.entry.family_name, study.probe, trials, settings, multi_label=task.multi_label
+        ),
         np.ascontiguousarray(task.targets, np.float32),
         task.split.train,
         choose_loss(settings, multi_label=task.multi_label),
@@ -88,10 +90,15 @@ def course_of(
 
 
 def stack_of(
-    name: str, probe: Probe, trials: Sequence[Trial], settings: TrainSettings
+    name: str,
+    probe: Probe,
+    trials: Sequence[Trial],
+    settings: TrainSettings,
+    *,
+    multi_label: bool,
 ) -> TrialStack | MemoryStack:
     """The stack that a probe of this kind is trained in."""
     dtype, device = settings.torch_dtype, settings.torch_device
     if isinstance(probe, KnnProbe):
-        return MemoryStack(name, probe, trials, dtype=dtype, device=device)
+        return MemoryStack(name, probe, trials, multi_label=multi_label, dtype=dtype, device=device)
     return TrialStack(name, probe, trials, dtype=dtype, device=device)
