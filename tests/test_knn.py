@@ -129,3 +129,15 @@ def test_of_several_layers_it_takes_the_mean_vector() -> None:
     both = Tokens(second, others=[Tokens(first)])
     expected = one.vectors(Tokens((first + second) / 2))
     torch.testing.assert_close(mixing.vectors(both), expected)
+
+
+def test_a_multi_label_task_of_single_labels_keeps_its_sigmoids() -> None:
+    tokens, targets = needle_tokens(120, multi_label=False)
+    seen = tokens.clone()
+    seen[90:] = tokens[:30]  # test clips that are training clips
+    same = np.concatenate([targets[:90], targets[:30]])
+    [outcome] = train(
+        ArraySource(seen), same, SPLIT, probes=["knn"], multi_label=True, settings=SETTINGS
+    )
+    share = 1 / (1 + np.exp(-outcome.test_scores[0]))
+    assert (share[same[SPLIT.test] == 1] > 0.9).all()
