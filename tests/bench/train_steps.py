@@ -95,7 +95,7 @@ class StepBench:
         shape = ProbeShape(self.shape[1], self.n_classes)
         own = build_probe("protobin", shape)
         assert isinstance(own, PrototypeProbe)
-        probe = own if name == OWN else PlainPrototypes(shape, is_binary=True)
+        probe = own if name == OWN else PlainPrototypes(shape, is_binary=True, **own.options)
         return TrialStack("protobin", probe, [Trial(5e-3, 1e-4, 0)], device=self.device)
 
     def measures(self) -> Iterator[Measure]:
