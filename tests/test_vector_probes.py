@@ -13,6 +13,7 @@ from patchbank.probing.probes.base import Probe, ProbeShape, Weights, n_paramete
 from patchbank.probing.probes.conv import ConvProbe
 from patchbank.probing.probes.tokens import Tokens
 from patchbank.probing.randomness import generator
+from patchbank.probing.trials import Trial, TrialStack
 
 SHAPE = ProbeShape(dim=6, n_classes=3, n_prefix=1, grid=(4, 2))
 COUNTS = [8, 1, 5, 2]
@@ -296,3 +297,12 @@ def test_tokens_of_another_grid_are_refused() -> None:
     assert isinstance(probe, ConvProbe)
     with pytest.raises(TrialError, match="found 8 patches in a clip, expected a multiple"):
         probe.logits(weights(probe), tokens())
+
+
+@pytest.mark.parametrize(("channels", "size"), [(256, 1), (100, 2), (8, 32)])
+def test_so_many_trials_of_conv_go_together_as_make_one_wide_product(
+    channels: int, size: int
+) -> None:
+    probe = build_probe("conv", SHAPE, {"channels": channels})
+    stack = TrialStack("conv", probe, [Trial(1e-3, 0.0, seed) for seed in range(3)])
+    assert stack.parts[0] == slice(0, min(3, size))

@@ -31,6 +31,7 @@ from patchbank.probing.probes.vectors import n_frequencies
 CPU_ACTIVATIONS = 2**24
 """Outputs of the convolution that a block may hold: 64 MiB, and a few copies of that."""
 DEVICE_ACTIVATIONS = 2**28
+CHANNELS = 256
 Pooling = Literal["mean", "max"]
 
 
@@ -48,6 +49,11 @@ class ConvProbe(Probe):
     channels: int
     kernel: int
     pooling: Pooling
+
+    @property
+    def trials_at_once(self) -> int | None:
+        """As many as have `CHANNELS` together: more in one product are slower, and take memory."""
+        return max(1, CHANNELS // self.channels)
 
     @property
     def window(self) -> tuple[int, int]:
@@ -157,7 +163,7 @@ def build_conv(shape: ProbeShape, options: Options) -> ConvProbe:
     check_options("conv", options, ("channels", "kernel", "pooling"))
     probe = ConvProbe(
         shape,
-        whole(options, "channels", 256),
+        whole(options, "channels", CHANNELS),
         whole(options, "kernel", 3),
         choice(options, "pooling", get_args(Pooling), "mean"),
     )
