@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,9 @@ SHARED = Path(os.environ.get("PATCHBANK_SHARED", Path(__file__).parents[2] / "sh
 
 def pytest_configure(config: pytest.Config) -> None:
     """Only tests that ask for a GPU see one: `pytest -m gpu`."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell lets what it starts in the background ignore Ctrl-C, and all that this starts.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if "gpu" not in config.getoption("markexpr").replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if "PYTEST_XDIST_WORKER" in os.environ:
