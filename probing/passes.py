@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from patchbank.probing.batch import Batch, TokenSource
 from patchbank.probing.losses import LOSSES, Loss, asymmetric
@@ -87,7 +88,22 @@ def fit(
         for course in courses
         if len(course.rows) < len(rows)
     }
-    pupils = [_Pupil(course, parts.get(id(course.rows)), source, settings) for course in courses]
+    # Courses of one label set share their targets, in the memory of the device too.
+    targets = {
+        id(course.targets): torch.from_numpy(course.targets).to(
+            settings.torch_device, settings.torch_dtype
+        )
+        for course in courses
+    }
+    pupils = [
+        _Pupil(
+            course,
+            parts.get(id(course.rows)),
+            targets[id(course.targets)],
+            layers=course.layers or last_layer(source),
+        )
+        for course in courses
+    ]
     n_epochs = settings.n_epochs if any(one.learns for one in pupils) else 1
     n_batches = -(-len(rows) // settings.batch_size)
     step, buffers = 0, Buffers()
@@ -156,14 +172,17 @@ class _Pupil:
     """A course under way."""
 
     def __init__(
-        self, course: Course, part: Part | None, source: TokenSource, settings: TrainSettings
+        self,
+        course: Course,
+        part: Part | None,
+        targets: Float[Tensor, "clip class"],
+        *,
+        layers: tuple[int, ...],
     ) -> None:
-        self._course, self._part, self._device = course, part, settings.torch_device
+        self._course, self._part, self._targets, self._layers = course, part, targets, layers
         self.name = course.name or course.stack.name
         self.learns = course.stack.probe.learns
-        self._layers = course.layers or last_layer(source)
-        self._targets = torch.from_numpy(course.targets).to(self._device, settings.torch_dtype)
-        self._total, self._n_steps = torch.zeros(len(course.stack.trials), device=self._device), 0
+        self._total, self._n_steps = torch.zeros(len(course.stack.trials), device=targets.device), 0
 
     def step(self, batch: Batch, tokens: BatchTokens, *, factor: float) -> None:
         """Learns from the rows of a batch that are of its course."""
@@ -178,9 +197,8 @@ class _Pupil:
 
     def lowest_loss(self) -> float:
         """The lowest mean loss of a trial since it was asked last."""
-        found = float(self._total.nan_to_num(nan=math.inf, posinf=math.inf).min()) / max(
-            1, self._n_steps
-        )
+        totals = self._total.nan_to_num(nan=math.inf, posinf=math.inf)
+        found = float(totals.min()) / max(1, self._n_steps)
         self._total.zero_()
         self._n_steps = 0
         return found

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -119,6 +119,7 @@ def train_tasks(
         )
         for task in tasks
     ]
+    tasks = [replace(one, targets=np.ascontiguousarray(one.targets, np.float32)) for one in tasks]
     for task in tasks:
         _check(task)
     entries = _checked_entries(job, probes)

@@ -81,7 +81,7 @@ def course_of(
         stack_of(
             study.entry.family_name, study.probe, trials, settings, multi_label=task.multi_label
         ),
-        np.ascontiguousarray(task.targets, np.float32),
+        task.targets,
         task.split.train,
         choose_loss(settings, multi_label=task.multi_label),
         study.entry.layers,
