@@ -57,9 +57,9 @@ def test_a_file_may_import_what_lies_beside_it_but_hides_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delitem(sys.modules, "colorsys", raising=False)
-    write(tmp_path / "beside_mine.py", "NAME = 'beside'")
+    write(tmp_path / "beside_encoder.py", "NAME = 'beside'")
     write(tmp_path / "colorsys.py", "raise ImportError('hidden')")
-    text = "import colorsys\n" + MINE.replace('NAME = "mine"', "from beside_mine import NAME")
+    text = "import colorsys\n" + MINE.replace('NAME = "mine"', "from beside_encoder import NAME")
     path = write(tmp_path / "mine.py", text)
     assert load_encoder(str(path)).spec.name == "beside"
 

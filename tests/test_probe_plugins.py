@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,13 @@ from patchbank.probing.probes.linear import build_linear
 def build(shape, options):
     return build_linear(shape, options)
 """
+
+
+@pytest.fixture(autouse=True)
+def _forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies beside one test's file is not taken for what lies beside another's."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "beside_probe", raising=False)
 
 
 @pytest.fixture
@@ -65,7 +73,7 @@ def test_a_shipped_name_keeps_its_meaning(
 
 
 MODULE = """
-from beside_mine import head
+from beside_probe import head
 
 def build(shape, options):
     return head(shape.dim, shape.n_classes)
@@ -87,7 +95,7 @@ def test_a_file_is_found_by_its_path_and_named_by_its_stem(tmp_path: Path) -> No
 
 
 def test_a_file_may_import_what_lies_beside_it(tmp_path: Path) -> None:
-    write(tmp_path / "beside_mine.py", BESIDE)
+    write(tmp_path / "beside_probe.py", BESIDE)
     probe = build_probe(str(write(tmp_path / "mine.py", MODULE)), SHAPE)
     assert n_parameters(probe) == 75
 
@@ -148,7 +156,7 @@ def test_the_list_imports_nothing_and_one_is_told_of(
     write(install("desk", {"mine": "desk_trip"}, group=GROUP) / "desk_trip.py", "raise OSError")
     assert main(["probes"]) == 0
     assert "mine" in capsys.readouterr().out
-    write(tmp_path / "beside_mine.py", BESIDE)
+    write(tmp_path / "beside_probe.py", BESIDE)
     path = str(write(tmp_path / "own.py", MODULE))
     assert main(["probes", path, "--dim", "8", "--classes", "2"]) == 0
     said = capsys.readouterr().out
