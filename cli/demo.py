@@ -73,6 +73,7 @@ def _extract_and_train(out: Path, name: str, *, quick: bool) -> dict[str, Any]:
             out / ("run" if name == "tiny" else f"run-{name}"),
             probes=ROWS[name],
             settings=training,
+            overwrite=True,
             progress=epochs,
         )
 

@@ -15,7 +15,8 @@ from patchbank.cli.choices import Loss, TaskKind, Tier
 if TYPE_CHECKING:
     from rich.progress import TaskID
 
-    from patchbank.probing.passes import Progress as TrainingProgress
+    from patchbank.probing.training import Progress as TrainingProgress
+    from patchbank.probing.training import Validated
 
 
 def train_probe(
@@ -72,6 +73,9 @@ def train_probe(
     loss: Annotated[Loss, typer.Option(help="auto: asymmetric or cross-entropy.")] = Loss.auto,
     tier: Annotated[Tier, typer.Option(help="Where batches are read from.")] = Tier.auto,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace another run that is in --out.")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print results.json.")] = False,
 ) -> None:
     """Train probes from a bank alone: no encoder, no audio.
@@ -85,7 +89,7 @@ def train_probe(
     from patchbank.probing.entries import on_layers, parse_layers, parse_probe
     from patchbank.probing.results import format_scores
     from patchbank.probing.run import run_training
-    from patchbank.probing.settings import TrainSettings
+    from patchbank.probing.settings import SearchSettings, TrainSettings
     from patchbank.probing.vocabulary import read_vocabulary
 
     opened, labels = open_bank(bank), list(dict.fromkeys(labels))
@@ -96,7 +100,7 @@ def train_probe(
         n_epochs=epochs,
         batch_size=batch_size,
         n_seeds=seeds,
-        n_candidates=sweep,
+        search=SearchSettings(n_candidates=sweep),
         learning_rates={name: tuple(lr) for name in names} if lr else {},
         weight_decays={name: tuple(weight_decay) for name in names} if weight_decay else {},
         loss=loss.value,
@@ -117,6 +121,7 @@ def train_probe(
             allow_unlabelled=allow_unlabelled,
             use_views=not no_views,
             tier=tier.value,
+            overwrite=overwrite,
             progress=progress,
             say=lambda line: print(line, file=sys.stderr),
         )
@@ -129,10 +134,12 @@ def train_probe(
 
 
 @contextmanager
-def progress_lines() -> Iterator[Callable[[TrainingProgress], None]]:
+def progress_lines() -> Iterator[Callable[[TrainingProgress | Validated], None]]:
     """Bars on stderr, one a stage: epochs, time left."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from patchbank.probing.training import Validated
 
     columns = (
         TextColumn("{task.description}"),
@@ -143,7 +150,9 @@ def progress_lines() -> Iterator[Callable[[TrainingProgress], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         tasks: dict[str, TaskID] = {}
 
-        def show(state: TrainingProgress) -> None:
+        def show(state: TrainingProgress | Validated) -> None:
+            if isinstance(state, Validated):
+                return
             if state.stage not in tasks:
                 tasks[state.stage] = bar.add_task(state.stage, total=state.n_epochs)
             bar.update(tasks[state.stage], completed=state.epoch)

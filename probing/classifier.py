@@ -19,13 +19,14 @@ from patchbank.probing.artefact import ProbeArtefact
 from patchbank.probing.batch import NO_LAYER, Batch, LayerShape, TokenSource
 from patchbank.probing.losses import LossName
 from patchbank.probing.metrics import left_out, primary_metric, score
-from patchbank.probing.passes import Course, choose_loss, fit, predict_logits
+from patchbank.probing.passes import Course, choose_loss, predict_logits
 from patchbank.probing.plan import BatchRows, Rows, sequential
 from patchbank.probing.probes import build_probe
 from patchbank.probing.probes.base import Probe, ProbeShape
-from patchbank.probing.protocol import Candidate, choose
+from patchbank.probing.search import Candidate, choose
 from patchbank.probing.settings import TrainSettings
 from patchbank.probing.study import stack_of
+from patchbank.probing.training import fit
 from patchbank.probing.trials import Trial
 
 VECTOR_PROBES = ("knn", "linear", "mlp")

@@ -13,9 +13,9 @@ from typing import Any
 from patchbank.pipeline.bank.reader import Bank
 from patchbank.pipeline.errors import BankMismatch
 from patchbank.probing.atomic import write_json
-from patchbank.probing.passes import OnProgress
 from patchbank.probing.run import run_training
 from patchbank.probing.settings import TrainSettings
+from patchbank.probing.training import OnProgress
 
 MEASURED_PROBES = ("linear", "linpre", "mhca", "protobin")
 NOTES = "notes/measured"

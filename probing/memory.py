@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -35,6 +35,7 @@ class MemoryStack:
         self._multi_label = multi_label
         self._dtype, self._device = dtype, torch.empty(0, device=device).device
         self.parts = [slice(0, len(self.trials))]
+        self.kept: tuple[int, ...] = tuple(range(len(self.trials)))
         self._vectors: list[Tensor] = []
         self._targets: list[Tensor] = []
         self.is_finite: Bool[Tensor, " trial"] = torch.ones(
@@ -51,11 +52,27 @@ class MemoryStack:
         return torch.zeros(len(self.trials), device=self._device)
 
     @property
-    def weights(self) -> Weights:
-        """With a trial axis of one."""
+    def state(self) -> dict[str, Tensor]:
+        """What `restore` takes to go on from here."""
+        self._join()
+        if not self._vectors:
+            return {}
+        return {"vectors": self._vectors[0], "targets": self._targets[0]}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Remembers what the stack of a `state` did."""
+        self._vectors = [state[key].to(self._device) for key in ("vectors",) if key in state]
+        self._targets = [state[key].to(self._device) for key in ("targets",) if key in state]
+
+    def _join(self) -> None:
         if len(self._vectors) > 1:
             self._vectors = [torch.cat(self._vectors)]
             self._targets = [torch.cat(self._targets)]
+
+    @property
+    def weights(self) -> Weights:
+        """With a trial axis of one."""
+        self._join()
         [vectors], [targets] = self._vectors, self._targets
         return self.probe.remember(vectors, targets, multi_label=self._multi_label)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -32,6 +32,29 @@ class StackedAdamW:
         self._means = [torch.zeros_like(parameter) for parameter in parameters]
         self._squares = [torch.zeros_like(parameter) for parameter in parameters]
         self._n_steps = 0
+
+    def keep(self, trials: Sequence[int], parameters: Sequence[Float[Tensor, "trial ..."]]) -> None:
+        """Forgets all trials but these, of which `parameters` are what is left."""
+        self._parameters = list(parameters)
+        index = torch.tensor(trials, device=self._learning_rates.device)
+        self._learning_rates = self._learning_rates[index]
+        self._weight_decays = self._weight_decays[index]
+        self._means = [one[index] for one in self._means]
+        self._squares = [one[index] for one in self._squares]
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What `restore` takes to go on from here: moments and the number of steps."""
+        moments = {"mean": self._means, "square": self._squares}
+        found = {f"{kind}/{i}": one for kind, all_ in moments.items() for i, one in enumerate(all_)}
+        return {"n_steps": torch.tensor(self._n_steps), **found}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from a `state` of the same trials."""
+        self._n_steps = int(state["n_steps"])
+        for kind, moments in (("mean", self._means), ("square", self._squares)):
+            for index, one in enumerate(moments):
+                one.copy_(state[f"{kind}/{index}"])
 
     def step(
         self, gradients: Sequence[Float[Tensor, "trial ..."] | None], *, factor: float = 1.0
@@ -95,12 +118,16 @@ class StackedAdamW:
         parameter.sub_(unbiased.reciprocal_().mul_(mean).mul_(step))
 
 
-def cosine_factor(step: int, *, n_steps: int, n_warmup_steps: int = 0) -> float:
-    """Share of the learning rate at 0-based `step`: linear warm-up, then half a cosine to zero.
+def cosine_factor(
+    step: int, *, n_steps: int, n_warmup_steps: int = 0, lowest: float = 0.0
+) -> float:
+    """Share of the learning rate at 0-based `step`: linear warm-up, then half a cosine.
+
+    It ends at `lowest`, zero by default.
 
     Source: Loshchilov and Hutter, "SGDR", ICLR 2017, eq. 5, without restarts.
     """
     if step < n_warmup_steps:
         return (step + 1) / n_warmup_steps
     progress = (step - n_warmup_steps) / max(1, n_steps - n_warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))

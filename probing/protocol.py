@@ -1,8 +1,8 @@
 """The protocol behind every reported number.
 
-(a) Search: all settings of all probes at seed 0, trained in one pass an epoch; the best on
-validation data is chosen. (b) Final: the chosen setting with several seeds, again in one pass. The
-test split is read once, after everything else. Several label sets share all of it.
+(a) Search: settings of all probes at seed 0, trained in one pass an epoch; the best on validation
+data is chosen. (b) Final: the chosen setting with several seeds, again in one pass. The test split
+is scored once, after everything else. Several label sets share all of it.
 """
 
 from __future__ import annotations
@@ -17,28 +17,17 @@ from jaxtyping import Float
 
 from patchbank.pipeline.errors import TrialError
 from patchbank.probing.batch import TokenSource
+from patchbank.probing.checkpoint import State
 from patchbank.probing.entries import Entry
-from patchbank.probing.metrics import left_out, primary_metric, score
-from patchbank.probing.passes import Course, OnProgress, fit, predict_logits
-from patchbank.probing.plan import BatchRows
+from patchbank.probing.job import Job, Scores, stage_name, trial_values
+from patchbank.probing.metrics import left_out, primary_metric
 from patchbank.probing.probes.base import Probe, Weights
-from patchbank.probing.settings import Point, TrainSettings
+from patchbank.probing.search import Candidate, choose, search
+from patchbank.probing.settings import TrainSettings
 from patchbank.probing.splits import Split
 from patchbank.probing.study import Study, Task, course_of, study_of
+from patchbank.probing.training import OnProgress, Training
 from patchbank.probing.trials import Trial
-
-Scores = Float[np.ndarray, "seed _ _"]
-"""(seed, clip, class); clips and classes differ between label sets."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One setting of the search."""
-
-    learning_rate: float
-    weight_decay: float
-    score: float | None
-    """Primary metric on validation data: -inf if it diverged, None if there was no choice."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +55,6 @@ class Outcome:
     def best_seed(self) -> int:
         """Position of the seed that validation data prefer."""
         return int(np.argmax(self.valid_values))
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What every step of the protocol needs."""
-
-    source: TokenSource
-    settings: TrainSettings
-    progress: OnProgress | None
-    say: Callable[[str], None]
 
 
 def train(
@@ -112,22 +91,23 @@ def train_tasks(
     Where they do not train on the same rows, each learns from its part of every batch. `say` is
     told how trials are trained where that is not all at once.
     """
-    job = _Job(source, settings or TrainSettings(), progress, say or (lambda line: None))
-    tasks = [
-        Task(
-            np.ascontiguousarray(task.targets, np.float32), task.split, task.multi_label, task.name
-        )
-        for task in tasks
-    ]
+    job = Job(source, settings or TrainSettings(), progress, say or (lambda line: None))
+    return train_job(job, tasks, probes)
+
+
+def train_job(
+    job: Job, tasks: Sequence[Task], probes: Sequence[str | Entry]
+) -> list[tuple[Outcome, ...]]:
+    """`train_tasks`; where the job has a folder, what another process began goes on."""
     tasks = [replace(one, targets=np.ascontiguousarray(one.targets, np.float32)) for one in tasks]
     for task in tasks:
         _check(task)
     entries = _checked_entries(job, probes)
-    studies = [study_of(source, task, entry) for task in tasks for entry in entries]
+    studies = [study_of(job.source, task, entry) for task in tasks for entry in entries]
     for study in studies:
         if study.probe.note:
             job.say(f"{study.name}: {study.probe.note}")
-    outcomes = iter(_final(job, studies, _search(job, studies)))
+    outcomes = iter(_final(job, studies, search(job, studies)))
     return [tuple(next(outcomes) for _ in entries) for _ in tasks]
 
 
@@ -142,7 +122,7 @@ def _check(task: Task) -> None:
             )
 
 
-def _checked_entries(job: _Job, probes: Sequence[str | Entry]) -> list[Entry]:
+def _checked_entries(job: Job, probes: Sequence[str | Entry]) -> list[Entry]:
     if not probes:
         raise TrialError("found no probe to train, expected at least one; pass --probe protobin")
     entries = [Entry.of(probe) for probe in probes]
@@ -156,110 +136,18 @@ def _checked_entries(job: _Job, probes: Sequence[str | Entry]) -> list[Entry]:
     return entries
 
 
-def _fit(job: _Job, studies: Sequence[Study], courses: Sequence[Course], stage: str) -> None:
-    split = studies[0].task.split.name
-    n_parts = [len(course.stack.parts) for course in courses]
-    fit(
-        courses,
-        job.source,
-        settings=job.settings,
-        stage=stage if split == "split" else f"{split} {stage}",
-        progress=job.progress,
-    )
-    for study, course, n_before in zip(studies, courses, n_parts, strict=True):
-        if len(course.stack.parts) > n_before:
-            job.say(
-                f"{study.name}: memory did not suffice for all trials at once; they were trained "
-                f"in {len(course.stack.parts)} parts, from the same batches"
-            )
-
-
-def _search(job: _Job, studies: Sequence[Study]) -> list[tuple[Candidate, ...]]:
-    """Validation scores of every setting, from one run of all probes that have several."""
-    points = [
-        job.settings.candidates(study.entry.name, study.probe.learning_rates)
-        if study.probe.learns
-        else (Point(0.0, 0.0),)
-        for study in studies
-    ]
-    candidates = [tuple(Candidate(*point, None) for point in one) for one in points]
-    searched = [index for index, one in enumerate(points) if len(one) > 1]
-    if not searched:
-        return candidates
-    chosen = [studies[index] for index in searched]
-    courses = [
-        course_of(
-            studies[index], job.settings, points=points[index], seeds=[0] * len(points[index])
-        )
-        for index in searched
-    ]
-    _fit(job, chosen, courses, "search")
-    for index, values in zip(searched, _validate(job, chosen, courses)[1], strict=True):
-        candidates[index] = tuple(
-            Candidate(*point, value) for point, value in zip(points[index], values, strict=True)
-        )
-    return candidates
-
-
-def _validate(
-    job: _Job, studies: Sequence[Study], courses: Sequence[Course]
-) -> tuple[list[Scores], list[tuple[float, ...]]]:
-    """Validation scores of every course, and each trial's primary metric (-inf if it diverged)."""
-    scores = _scores(job, studies, courses, [study.task.split.valid for study in studies])
-    return scores, [
-        _values(study.task, course, scored)
-        for study, course, scored in zip(studies, courses, scores, strict=True)
-    ]
-
-
-def _values(task: Task, course: Course, scores: Scores) -> tuple[float, ...]:
-    metric = primary_metric(multi_label=task.multi_label)
-    truth = task.targets[task.split.valid]
-    return tuple(
-        score(metric, truth, one) if finite and np.isfinite(one).all() else -math.inf
-        for one, finite in zip(scores, course.stack.is_finite.tolist(), strict=True)
-    )
-
-
-def _scores(
-    job: _Job, studies: Sequence[Study], courses: Sequence[Course], rows: Sequence[BatchRows]
-) -> list[Scores]:
-    logits = predict_logits(courses, job.source, rows, settings=job.settings)
-    # Logits of different clips have no common zero; log-probabilities do, and never tie like
-    # probabilities that round to one.
-    return [
-        one if study.task.multi_label else torch.log_softmax(torch.from_numpy(one), dim=-1).numpy()
-        for one, study in zip(logits, studies, strict=True)
-    ]
-
-
-def choose(name: str, candidates: Sequence[Candidate]) -> Point:
-    """The setting with the best validation score, the first of equals: the lowest rate."""
-    best = candidates[0]
-    if len(candidates) > 1:
-        best = max(candidates, key=lambda candidate: candidate.score or 0.0)
-    if best.score == -math.inf:
-        tried = ", ".join(f"{candidate.learning_rate:g}" for candidate in candidates)
-        raise TrialError(
-            f"every learning rate of probe {name!r} diverged (tried {tried}), expected one to "
-            "train; pass lower learning rates, or look for bad tokens: patchbank bank verify"
-        )
-    return Point(best.learning_rate, best.weight_decay)
-
-
 def _final(
-    job: _Job, studies: Sequence[Study], candidates: Sequence[tuple[Candidate, ...]]
+    job: Job, studies: Sequence[Study], candidates: Sequence[tuple[Candidate, ...]]
 ) -> list[Outcome]:
     seeds = list(range(job.settings.n_seeds))
     courses = [
         course_of(study, job.settings, points=[choose(study.name, tried)] * len(seeds), seeds=seeds)
         for study, tried in zip(studies, candidates, strict=True)
     ]
-    _fit(job, studies, courses, "final")
-    valid, values = _validate(job, studies, courses)
-    for study, course, judged in zip(studies, courses, values, strict=True):
-        _check_converged(study.name, course.stack.trials, judged)
-    test = _scores(job, studies, courses, [study.task.split.test for study in studies])
+    training = job.training(studies, courses, "final")
+    job.run(studies, training)
+    training.save()
+    judged = _judged(job, studies, training)
     return [
         Outcome(
             study.entry,
@@ -269,12 +157,39 @@ def _final(
             tuple(course.stack.weights_of(index) for index in range(len(seeds))),
             valid_scores,
             test_scores,
-            judged,
+            trial_values(study.task, course, valid_scores),
         )
-        for study, course, tried, valid_scores, test_scores, judged in zip(
-            studies, courses, candidates, valid, test, values, strict=True
+        for study, course, tried, (valid_scores, test_scores) in zip(
+            studies, courses, candidates, judged, strict=True
         )
     ]
+
+
+def _judged(job: Job, studies: Sequence[Study], training: Training) -> list[tuple[Scores, Scores]]:
+    """Validation and test scores of the final models, read from the bank once in a run's life."""
+    kept = job.state.checkpoint(stage_name(studies, "scores"))
+    found = None if kept is None else kept.load()
+    if found is None:
+        valid, values = job.validate(studies, training)
+        for study, course, judged in zip(studies, training.courses, values, strict=True):
+            _check_converged(study.name, course.stack.trials, judged)
+        rows = [study.task.split.test for study in studies]
+        job.state.record_test(studies[0].task.split.name, [study.name for study in studies])
+        pairs = list(zip(valid, job.scores(studies, training.courses, rows), strict=True))
+        if kept is not None:
+            kept.save(lambda: _stored(pairs), always=True)
+        return pairs
+    arrays = {key: value.numpy() for key, value in found.arrays.items()}
+    return [(arrays[f"{i}/valid"], arrays[f"{i}/test"]) for i in range(len(studies))]
+
+
+def _stored(pairs: Sequence[tuple[Scores, Scores]]) -> State:
+    arrays = {
+        f"{index}/{part}": torch.from_numpy(scores)
+        for index, pair in enumerate(pairs)
+        for part, scores in zip(("valid", "test"), pair, strict=True)
+    }
+    return State(arrays, {})
 
 
 def _check_converged(name: str, trials: Sequence[Trial], values: Sequence[float]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from patchbank.probing.plan import Rows
 from patchbank.probing.probes.base import n_parameters
 from patchbank.probing.protocol import Outcome
 from patchbank.probing.results import environment, write_predictions
+from patchbank.probing.run_state import RunState
 from patchbank.probing.settings import TrainSettings
 from patchbank.probing.splits import Split, is_clean
 
@@ -53,6 +55,7 @@ class FinishedRun:
     settings: TrainSettings
     plugins: Mapping[str, str] = field(default_factory=dict)
     """Probes' files with their digests when the run began."""
+    state: RunState = field(default_factory=RunState)
 
 
 def rows_of(splits: Sequence[Split]) -> Rows:
@@ -76,7 +79,8 @@ def write_run(run: FinishedRun, out: Path) -> dict[str, Any]:
             multi_label=run.labels.multi_label,
         )
         save_probe(folder, _artefact(run, index))
-    results = _results(run)
+    # As it will be read.
+    results: dict[str, Any] = json.loads(json.dumps(_results(run), allow_nan=False))
     write_json(out / "results.json", results)
     return results
 
@@ -138,6 +142,7 @@ def _results(run: FinishedRun) -> dict[str, Any]:
         "left_out": left_out_rows(
             folds, labels.targets, labels.classes, multi_label=labels.multi_label
         ),
+        "test_scored": run.state.times_tested(),
         "n_resamples": resamples_of(folds[0].outcomes[0].test_scores, settings.n_resamples),
         "n_failed_clips": int(((status == 2) & clean).sum()),
         "n_failed_views": int(((status == 2) & ~clean).sum()),
@@ -192,6 +197,8 @@ def _search_facts(fold: Fold, index: int) -> dict[str, Any]:
                 "weight_decay": candidate.weight_decay,
                 "score": None if candidate.score == float("-inf") else candidate.score,
                 "diverged": candidate.score == float("-inf"),
+                "round": candidate.round,
+                "epochs": candidate.epochs,
             }
             for candidate in outcome.candidates
         ],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,16 +57,63 @@ class TrialStack:
             learning_rates=self._vector([trial.learning_rate for trial in trials], dtype, device),
             weight_decays=self._vector([trial.weight_decay for trial in trials], dtype, device),
         )
-        size = probe.trials_at_once or len(self.trials)
-        self.parts = [
-            slice(first, min(first + size, len(self.trials)))
-            for first in range(0, len(self.trials), size)
-        ]
+        self._size = probe.trials_at_once or len(self.trials)
+        self.parts = self._cut()
         """Trials that are computed together: all that may be, until memory does not suffice."""
+        self.kept: tuple[int, ...] = tuple(range(len(self.trials)))
+        """Places that the trials had before some were left behind."""
         self.is_finite: Bool[Tensor, " trial"] = torch.ones(
             len(trials), dtype=torch.bool, device=device
         )
         """False for trials whose loss was once NaN or infinite."""
+
+    def _cut(self) -> list[slice]:
+        return [
+            slice(first, min(first + self._size, len(self.trials)))
+            for first in range(0, len(self.trials), self._size)
+        ]
+
+    def keep(self, trials: Sequence[int]) -> None:
+        """Leaves all trials behind but these, which go on as if nothing had been."""
+        index = torch.tensor(trials, device=self.is_finite.device)
+        self.weights = {key: value[index] for key, value in self.weights.items()}
+        self._optimiser.keep(trials, [self.weights[key] for key in self._trained])
+        self._dropout = [self._dropout[trial] for trial in trials]
+        self.is_finite = self.is_finite[index]
+        self.trials = tuple(self.trials[trial] for trial in trials)
+        self.kept = tuple(self.kept[trial] for trial in trials)
+        # Those that did not fit together do not now, unless there are fewer of them.
+        self._size = max(part.stop - part.start for part in self.parts)
+        self.parts = self._cut()
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What `restore` takes to go on from here."""
+        return {
+            "kept": torch.tensor(self.kept),
+            "parts": torch.tensor([[part.start, part.stop] for part in self.parts]),
+            "is_finite": self.is_finite,
+            **{f"dropout/{index}": one.get_state() for index, one in enumerate(self._dropout)},
+            **{f"weights/{key}": value for key, value in self.weights.items()},
+            **{f"optimiser/{key}": value for key, value in self._optimiser.state.items()},
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from the `state` of a stack of the same trials."""
+        self.keep([self.kept.index(place) for place in state["kept"].tolist()])
+        self.parts = [slice(*bounds) for bounds in state["parts"].tolist()]
+        self.is_finite = state["is_finite"].to(self.is_finite.device)
+        for index, random in enumerate(self._dropout):
+            random.set_state(state[f"dropout/{index}"])
+        for key, value in self.weights.items():
+            value.copy_(state[f"weights/{key}"])
+        self._optimiser.restore(
+            {
+                key.removeprefix("optimiser/"): value
+                for key, value in state.items()
+                if key.startswith("optimiser/")
+            }
+        )
 
     @staticmethod
     def _vector(

@@ -11,13 +11,13 @@ from patchbank.pipeline.errors import TrialError
 from patchbank.probing import ProbeClassifier, train
 from patchbank.probing.batch import ArraySource
 from patchbank.probing.metrics import score
-from patchbank.probing.passes import Progress
 from patchbank.probing.probes import build_probe, knn
 from patchbank.probing.probes.base import ProbeShape
 from patchbank.probing.probes.knn import KnnProbe
 from patchbank.probing.probes.tokens import Tokens
 from patchbank.probing.settings import TrainSettings
 from patchbank.probing.splits import Split
+from patchbank.probing.training import Progress, Validated
 
 ROWS = np.arange(120)
 SPLIT = Split("split", ROWS[:70], ROWS[70:90], ROWS[90:])
@@ -82,13 +82,13 @@ def test_blocks_of_clips_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_it_reads_the_training_clips_once_and_its_seeds_agree() -> None:
     tokens, targets = needle_tokens(120)
-    stages: list[Progress] = []
+    events: list[Progress | Validated] = []
     arguments = {"multi_label": True, "settings": SETTINGS}
     [alone] = train(
-        ArraySource(tokens), targets, SPLIT, probes=["knn"], progress=stages.append, **arguments
+        ArraySource(tokens), targets, SPLIT, probes=["knn"], progress=events.append, **arguments
     )
-    assert [(one.stage, one.epoch, one.n_epochs) for one in stages] == [("final", 1, 1)]
-    assert stages[0].losses == {}
+    assert events[0] == Progress("final", 1, 1, {})
+    assert [type(event) for event in events[1:]] == [Validated]
     beside = train(ArraySource(tokens), targets, SPLIT, probes=["linear", "knn"], **arguments)[1]
     assert np.array_equal(alone.test_scores, beside.test_scores)
     assert np.array_equal(alone.test_scores[0], alone.test_scores[1])

@@ -19,7 +19,7 @@ from patchbank.probing.batch import ArraySource, Batch, LayerTokens
 from patchbank.probing.entries import Entry
 from patchbank.probing.losses import asymmetric
 from patchbank.probing.optimiser import cosine_factor
-from patchbank.probing.passes import BatchTokens, Course, fit
+from patchbank.probing.passes import BatchTokens, Course
 from patchbank.probing.plan import batches
 from patchbank.probing.probes import build_probe
 from patchbank.probing.probes.base import ProbeShape
@@ -27,15 +27,21 @@ from patchbank.probing.probes.probe_files import file_sha256
 from patchbank.probing.probes.tokens import Buffers
 from patchbank.probing.protocol import train_tasks
 from patchbank.probing.run import run_training
-from patchbank.probing.settings import TrainSettings
+from patchbank.probing.settings import SearchSettings, TrainSettings
 from patchbank.probing.splits import Split
 from patchbank.probing.study import Task
+from patchbank.probing.training import fit
 from patchbank.probing.trials import Trial, TrialStack
 
 ROWS = np.arange(120)
 SPLIT = Split("split", ROWS[:70], ROWS[70:95], ROWS[95:])
 SETTINGS = TrainSettings(
-    n_epochs=3, n_candidates=2, n_seeds=2, batch_size=16, n_resamples=50, device="cpu"
+    n_epochs=3,
+    search=SearchSettings(n_candidates=2),
+    n_seeds=2,
+    batch_size=16,
+    n_resamples=50,
+    device="cpu",
 )
 
 
@@ -190,9 +196,10 @@ def test_each_label_table_has_a_folder_of_results(tmp_path: Path) -> None:
     ]
     (tmp_path / "RUN").mkdir()
     (tmp_path / "RUN/results.json").write_text("{}")
-    results = run_training(
-        bank, tables, tmp_path / "RUN", probes=["linear"], settings=SETTINGS, source=bank.source
-    )
+    arguments = {"probes": ["linear"], "settings": SETTINGS, "source": bank.source}
+    with pytest.raises(TrialError, match="holds results that cannot be told from these"):
+        run_training(bank, tables, tmp_path / "RUN", **arguments)
+    results = run_training(bank, tables, tmp_path / "RUN", overwrite=True, **arguments)
     assert not (tmp_path / "RUN/results.json").exists(), "an older run would stand for this one"
     assert list(results) == ["kinds", "pairs"]
     for name, found in results.items():
@@ -256,7 +263,7 @@ def test_several_layers_are_several_probes_and_a_mix_is_one(tmp_path: Path) -> N
         labels,
         out,
         probes=["linear"],
-        settings=replace(SETTINGS, n_candidates=1),
+        settings=replace(SETTINGS, search=SearchSettings(n_candidates=1)),
         layer=[(1,), (1, 2)],
         source=bank.source,
     )

@@ -33,7 +33,7 @@ from patchbank.pipeline.rebuild import rebuild_bank
 from patchbank.pipeline.specs import AugmentSpec, MixupSpec, WindowSpec
 from patchbank.probing.labels import read_labels
 from patchbank.probing.run import run_training
-from patchbank.probing.settings import TrainSettings
+from patchbank.probing.settings import SearchSettings, TrainSettings
 
 
 def test_a_bank_says_all_that_its_tokens_are_made_of(
@@ -288,7 +288,7 @@ def test_training_uses_views_and_tests_on_clean_clips(
         clip_table.parent / "labels.csv",
         tmp_path / "run",
         probes=["linear"],
-        settings=TrainSettings(n_epochs=2, n_seeds=1, n_candidates=1),
+        settings=TrainSettings(n_epochs=2, n_seeds=1, search=SearchSettings(n_candidates=1)),
         task="multilabel",
     )
     (fold,) = results["folds"]

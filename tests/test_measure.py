@@ -17,9 +17,9 @@ from patchbank.pipeline.errors import BankMismatch
 from patchbank.pipeline.extraction import extract
 from patchbank.pipeline.rebuild import rebuild_bank
 from patchbank.probing.measure import measure_change, read_measurements, write_measurement
-from patchbank.probing.settings import TrainSettings
+from patchbank.probing.settings import SearchSettings, TrainSettings
 
-FAST = TrainSettings(n_epochs=3, n_seeds=2, n_candidates=1)
+FAST = TrainSettings(n_epochs=3, n_seeds=2, search=SearchSettings(n_candidates=1))
 
 
 def test_convert_measures_and_show_prints(

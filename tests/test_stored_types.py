@@ -327,7 +327,7 @@ def test_probes_train_on_small_types_as_on_float16(
     name: str, banks: dict[str, Bank], tmp_path: Path
 ) -> None:
     from patchbank.probing.run import run_training
-    from patchbank.probing.settings import TrainSettings
+    from patchbank.probing.settings import SearchSettings, TrainSettings
 
     labels = banks[name].path.parent / "set/labels.csv"
     scores = {}
@@ -337,7 +337,7 @@ def test_probes_train_on_small_types_as_on_float16(
             labels,
             tmp_path / one,
             probes=["linear", "protobin"],
-            settings=TrainSettings(n_epochs=15, n_seeds=2, n_candidates=2),
+            settings=TrainSettings(n_epochs=15, n_seeds=2, search=SearchSettings(n_candidates=2)),
             layer=2,
         )
         scores[one] = [

@@ -19,17 +19,22 @@ from patchbank.probing import run, train
 from patchbank.probing.artefact import load_probe
 from patchbank.probing.batch import NO_LAYER, ArraySource, LayerTokens
 from patchbank.probing.metrics import score
-from patchbank.probing.passes import Progress
-from patchbank.probing.protocol import Candidate, choose
 from patchbank.probing.results import format_scores
-from patchbank.probing.settings import TrainSettings
+from patchbank.probing.search import Candidate, choose
+from patchbank.probing.settings import SearchSettings, TrainSettings
 from patchbank.probing.splits import Split
+from patchbank.probing.training import Progress, Validated
 
 N_CLIPS = 240
 ROWS = np.arange(N_CLIPS)
 SPLIT = Split("split", ROWS[:140], ROWS[140:190], ROWS[190:])
 QUICK = TrainSettings(
-    n_epochs=12, n_seeds=2, n_candidates=3, batch_size=32, n_resamples=50, device="cpu"
+    n_epochs=12,
+    n_seeds=2,
+    search=SearchSettings(n_candidates=3),
+    batch_size=32,
+    n_resamples=50,
+    device="cpu",
 )
 
 
@@ -38,7 +43,7 @@ def run_training(bank: NeedleBank, labels: Path, out: Path, **more: Any) -> dict
     return run.run_training(bank, labels, out, source=bank.source, **more)
 
 
-TINY = replace(QUICK, n_epochs=2, n_candidates=2)
+TINY = replace(QUICK, n_epochs=2, search=SearchSettings(n_candidates=2))
 
 
 def test_prototypes_find_needles_that_a_linear_probe_misses() -> None:
@@ -93,7 +98,7 @@ def test_one_read_an_epoch_serves_all_probes_and_the_test_split_is_read_once_at_
 
 def test_one_learning_rate_needs_no_search() -> None:
     tokens, targets = needle_tokens(N_CLIPS)
-    stages: list[Progress] = []
+    events: list[Progress | Validated] = []
     [outcome] = train(
         ArraySource(tokens),
         targets,
@@ -101,13 +106,20 @@ def test_one_learning_rate_needs_no_search() -> None:
         probes=["linear"],
         multi_label=True,
         settings=replace(TINY, learning_rates={"linear": (1e-3,)}),
-        progress=stages.append,
+        progress=events.append,
     )
-    assert [(one.stage, one.epoch, one.n_epochs) for one in stages] == [
+    first, second, judged = events
+    assert isinstance(first, Progress)
+    assert isinstance(second, Progress)
+    assert [(one.stage, one.epoch, one.n_epochs) for one in (first, second)] == [
         ("final", 1, 2),
         ("final", 2, 2),
     ]
-    assert stages[1].losses["linear"] < stages[0].losses["linear"]
+    assert second.losses["linear"][0].value < first.losses["linear"][0].value
+    assert isinstance(judged, Validated)
+    assert (judged.stage, judged.epoch, judged.metric) == ("final", 2, "map_macro")
+    found = [(one.trial.seed, one.value) for one in judged.values["linear"]]
+    assert found == list(enumerate(outcome.valid_values))
     assert outcome.candidates == (Candidate(1e-3, 1e-4, None),)
 
 
@@ -185,7 +197,9 @@ def test_the_search_covers_learning_rates_evenly_and_weight_decays_by_halves() -
     assert rates == pytest.approx((1e-4, 10**-3.5, 1e-3, 10**-2.5, 1e-2), rel=1e-5)
     places = np.log(np.array(decays) / 1e-5) / np.log(50)
     np.testing.assert_allclose(places, [1 / 2, 1 / 4, 3 / 4, 1 / 8, 5 / 8], rtol=1e-5)
-    [middle] = TrainSettings(n_candidates=1).candidates("linear", (1e-4, 1e-2))
+    [middle] = TrainSettings(search=SearchSettings(n_candidates=1)).candidates(
+        "linear", (1e-4, 1e-2)
+    )
     assert middle == pytest.approx((1e-3, 1e-5 * 50**0.5), rel=1e-5)
 
 
@@ -203,7 +217,9 @@ GIVEN = {
 def test_what_is_given_is_tried_with_each_of_the_other(
     given: dict[str, tuple[float, ...]], expected: list[tuple[float, float]]
 ) -> None:
-    settings = TrainSettings(n_candidates=2, **{key: {"x": one} for key, one in given.items()})
+    settings = TrainSettings(
+        search=SearchSettings(n_candidates=2), **{key: {"x": one} for key, one in given.items()}
+    )
     assert list(settings.candidates("x", (1, 100))) == expected
 
 
@@ -260,7 +276,10 @@ def test_a_run_leaves_results_probes_and_predictions_that_agree(tmp_path: Path) 
         assert row["ci95"][0] < row["mean"] < row["ci95"][1]
         assert row["std"] > 0
         assert (row["n_seeds"], row["n_clips"]) == (2, 49 if row["split"] == "valid" else 50)
-    assert sorted(path.name for path in out.iterdir()) == [*probes, "results.json"]
+    found = sorted(path.name for path in out.iterdir())
+    assert found == sorted(
+        [".lock", *probes, "results.json", "run.json", "search.journal", "test-scored.jsonl"]
+    )
 
 
 def test_the_saved_probe_gives_the_predictions_and_they_the_scores(tmp_path: Path) -> None:

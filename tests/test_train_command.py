@@ -112,7 +112,7 @@ def test_a_probe_of_a_file_trains_says_how_and_predicts_with_that_file_only(
     capsys.readouterr()
     assert main(["predict", str(run), "--bank", bank, "--plugin", str(file)]) == 1
     assert "mine.py is not what built the probe in" in capsys.readouterr().err
-    assert main([*line, "--probe", "linear"]) == 0
+    assert main([*line, "--probe", "linear", "--overwrite"]) == 0
     assert main(["predict", str(run), "--bank", bank, "--plugin", str(file)]) == 1
     assert "is built by no file; leave --plugin out" in capsys.readouterr().err
 

@@ -18,7 +18,7 @@ from patchbank.pipeline.extraction import extract
 from patchbank.pipeline.rebuild import rebuild_bank
 from patchbank.probing import BatchLoader
 from patchbank.probing.run import run_training
-from patchbank.probing.settings import TrainSettings
+from patchbank.probing.settings import SearchSettings, TrainSettings
 
 
 def with_views(table: Path, folder: Path) -> Path:
@@ -63,7 +63,7 @@ def test_training_uses_views_and_tests_on_clean_clips(viewed: Bank, tmp_path: Pa
         viewed.path.parent / "set/labels.csv",
         tmp_path / "run",
         probes=["linear"],
-        settings=TrainSettings(n_epochs=2, n_seeds=1, n_candidates=1),
+        settings=TrainSettings(n_epochs=2, n_seeds=1, search=SearchSettings(n_candidates=1)),
         task="multilabel",
     )
     (fold,) = results["folds"]

@@ -17,13 +17,14 @@ from train_steps import wait_for
 from patchbank.pipeline.bank.reader import Bank
 from patchbank.probing.bank_source import BankSource
 from patchbank.probing.losses import asymmetric
-from patchbank.probing.passes import Course, fit
+from patchbank.probing.passes import Course
 from patchbank.probing.plan import batches
 from patchbank.probing.probes import PROBES, build_probe
 from patchbank.probing.probes.base import ProbeShape
 from patchbank.probing.ring import N_SLOTS
 from patchbank.probing.settings import TrainSettings
 from patchbank.probing.tiers import Tier
+from patchbank.probing.training import fit
 from patchbank.probing.trials import Trial, TrialStack
 
 N_TRIALS = 16
