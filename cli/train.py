@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 def train_probe(
     bank: Annotated[Path, typer.Argument(metavar="BANK", help="A sealed bank.")],
+    out: Annotated[Path, typer.Option(help="Folder for results and probes.")],
     labels: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Option(
             help="Table: labels by clip_id, by path, or by path,start_s,end_s. Several share every "
             "batch, and each has its own folder of results."
         ),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for results and probes.")],
+    ] = None,
     probe: Annotated[
         list[str] | None,
         typer.Option(
@@ -43,6 +43,13 @@ def train_probe(
             help="Each layer by itself, those with + between mixed. [default: last]",
         ),
     ] = None,
+    preset: Annotated[
+        str | None, typer.Option(metavar="unmute|bat", help="A published protocol.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.toml", help="Any of these options, and more; flags go above."),
+    ] = None,
     splits: Annotated[
         Path | None, typer.Option(help="Table of splits, in place of the bank's own.")
     ] = None,
@@ -50,19 +57,29 @@ def train_probe(
         str | None, typer.Option(help="Column of folds: each is the test split once.")
     ] = None,
     classes: Annotated[Path | None, typer.Option(help="Vocabulary: one class a line.")] = None,
-    task: Annotated[TaskKind, typer.Option(help="What the labels are.")] = TaskKind.auto,
+    task: Annotated[
+        TaskKind | None, typer.Option(help="What the labels are. [default: auto]")
+    ] = None,
     allow_unlabelled: Annotated[
         bool, typer.Option("--allow-unlabelled", help="Leave clips without labels out.")
     ] = False,
     no_views: Annotated[
         bool, typer.Option("--no-views", help="Train on clean clips alone, on no view of them.")
     ] = False,
-    epochs: Annotated[int, typer.Option(min=1)] = 30,
-    batch_size: Annotated[int, typer.Option(min=1)] = 64,
-    seeds: Annotated[int, typer.Option(min=1, help="Final runs of the chosen setting.")] = 5,
+    epochs: Annotated[int | None, typer.Option(min=1, help="[default: 30]")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Batches to train, in place of --epochs.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="[default: 64]")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Final runs of the chosen setting. [default: 5]")
+    ] = None,
     sweep: Annotated[
-        int, typer.Option(min=1, help="Settings to choose from: learning rate, weight decay.")
-    ] = 5,
+        int | None,
+        typer.Option(
+            min=1, help="Settings to choose from: learning rate, weight decay. [default: 5]"
+        ),
+    ] = None,
     lr: Annotated[
         list[float] | None, typer.Option(help="Learning rate to try; repeat it for several.")
     ] = None,
@@ -70,9 +87,15 @@ def train_probe(
         list[float] | None,
         typer.Option(min=0.0, help="Weight decay to try; repeat it for several."),
     ] = None,
-    loss: Annotated[Loss, typer.Option(help="auto: asymmetric or cross-entropy.")] = Loss.auto,
-    tier: Annotated[Tier, typer.Option(help="Where batches are read from.")] = Tier.auto,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
+    loss: Annotated[
+        Loss | None, typer.Option(help="auto: asymmetric or cross-entropy. [default: auto]")
+    ] = None,
+    tier: Annotated[
+        Tier | None, typer.Option(help="Where batches are read from. [default: auto]")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto, cpu, cuda, cuda:1 ... [default: auto]")
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another run that is in --out.")
     ] = False,
@@ -81,54 +104,68 @@ def train_probe(
     """Train probes from a bank alone: no encoder, no audio.
 
     All trials of all probes, layers and label tables learn from the same batches. Settings are
-    chosen on validation clips; the test split is read once.
+    chosen on validation clips; the test split is scored once. Stopped at any moment, the same
+    command goes on.
     """
     import json
 
     from patchbank.pipeline.bank import open_bank
-    from patchbank.probing.entries import on_layers, parse_layers, parse_probe
+    from patchbank.probing.atomic import write_text
     from patchbank.probing.results import format_scores
     from patchbank.probing.run import run_training
-    from patchbank.probing.settings import SearchSettings, TrainSettings
+    from patchbank.probing.train_options import TrainOptions
     from patchbank.probing.vocabulary import read_vocabulary
 
-    opened, labels = open_bank(bank), list(dict.fromkeys(labels))
-    entries = [parse_probe(text) for text in dict.fromkeys(probe or ("linear", "protobin"))]
-    chosen = parse_layers(layer or (), opened.layers)
-    names = [entry.name for entry in on_layers(entries, chosen)]
-    settings = TrainSettings(
-        n_epochs=epochs,
-        batch_size=batch_size,
-        n_seeds=seeds,
-        search=SearchSettings(n_candidates=sweep),
-        learning_rates={name: tuple(lr) for name in names} if lr else {},
-        weight_decays={name: tuple(weight_decay) for name in names} if weight_decay else {},
-        loss=loss.value,
-        device=device,
-    )
+    flags = {
+        "labels": labels,
+        "probe": probe,
+        "layer": layer,
+        "splits": splits,
+        "folds": folds,
+        "classes": classes,
+        "task": task and task.value,
+        "allow_unlabelled": allow_unlabelled or None,
+        "no_views": no_views or None,
+        "epochs": epochs,
+        "steps": steps,
+        "batch_size": batch_size,
+        "seeds": seeds,
+        "sweep": sweep,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "loss": loss and loss.value,
+        "tier": tier and tier.value,
+        "device": device,
+    }
+    options = TrainOptions.resolve(flags, file=config, preset=preset)
+    if not options.labels:
+        raise typer.BadParameter("give a table of labels: --labels LABELS.csv")
+    opened, tables = open_bank(bank), list(dict.fromkeys(options.labels))
+    entries, chosen = options.entries(opened.layers)
     with progress_lines() as progress:
         results = run_training(
             opened,
-            labels,
+            tables,
             out,
             probes=entries,
-            settings=settings,
+            settings=options.settings(opened.layers),
             layer=chosen,
-            splits_path=splits,
-            folds=folds,
-            classes=None if classes is None else read_vocabulary(classes),
-            task=task.value,
-            allow_unlabelled=allow_unlabelled,
-            use_views=not no_views,
-            tier=tier.value,
+            splits_path=options.splits,
+            folds=options.folds,
+            classes=None if options.classes is None else read_vocabulary(options.classes),
+            task=options.task,
+            allow_unlabelled=options.allow_unlabelled,
+            use_views=not options.no_views,
+            tier=options.tier,
             overwrite=overwrite,
             progress=progress,
             say=lambda line: print(line, file=sys.stderr),
         )
+    write_text(out / "settings.toml", options.to_toml())
     if json_output:
         print(json.dumps(results))
         return
-    for name, found in (results if len(labels) > 1 else {"": results}).items():
+    for name, found in (results if len(tables) > 1 else {"": results}).items():
         print_table(format_scores(found, f"Test scores: {name}" if name else "Test scores"))
         print(f"{out / name}: results.json, one folder a probe")
 

@@ -52,7 +52,12 @@ class Job:
     def run(self, studies: Sequence[Study], training: Training, until: int | None = None) -> None:
         """Trains up to an epoch, and says so where memory did not suffice for all at once."""
         n_parts = [len(course.stack.parts) for course in training.courses]
-        training.run(until)
+        try:
+            training.run(until)
+        except KeyboardInterrupt:
+            done = f"{training.n_steps_done} of {training.n_steps} batches"
+            self.say(f"{training.stage}: stopped after {done}")
+            raise
         for study, course, n_before in zip(studies, training.courses, n_parts, strict=True):
             if len(course.stack.parts) > n_before:
                 self.say(

@@ -65,14 +65,29 @@ def search(job: Job, studies: Sequence[Study]) -> list[tuple[Candidate, ...]]:
     """Validation scores of every setting that was tried, study by study."""
     hunts = _hunts(job, studies)
     n_rounds = max(hunt.n_rounds for hunt in hunts)
+    _say_what_is_left(job, hunts, n_rounds)
     for number in range(n_rounds):
         taking = [hunt for hunt in hunts if hunt.takes_part(number)]
         stage = f"search {number + 1}/{n_rounds}" if n_rounds > 1 else "search"
-        if not all(hunt.log.is_told(number) for hunt in taking if hunt.log):
+        if not _is_told(hunts, number):
             _run_round(job, taking, number, stage)
-        if taking:
-            job.state.forget(stage_name(studies, stage))
+        job.state.forget(stage_name(studies, stage))
     return [hunt.candidates for hunt in hunts]
+
+
+def _say_what_is_left(job: Job, hunts: Sequence[_Hunt], n_rounds: int) -> None:
+    n_done = 0
+    while n_done < n_rounds and _is_told(hunts, n_done):
+        n_done += 1
+    if n_done:
+        left = f"{n_rounds - n_done} of {n_rounds} rounds and the final runs"
+        where = stage_name([hunt.study for hunt in hunts], "search")
+        job.say(f"{where}: left are {left if n_done < n_rounds else 'the final runs'}")
+
+
+def _is_told(hunts: Sequence[_Hunt], number: int) -> bool:
+    """Whether all is known of a round."""
+    return all(hunt.log.is_told(number) for hunt in hunts if hunt.log and hunt.takes_part(number))
 
 
 def _hunts(job: Job, studies: Sequence[Study]) -> list[_Hunt]:

@@ -283,7 +283,11 @@ REFUSED = {
     "unknown": ("protobn", {}, "found probe 'protobn', expected one of .*; did you mean 'protobi"),
     "no CLS": ("linear-cls", {}, "'linear-cls' needs a CLS token, .*; use --probe linear"),
     "unknown option": ("mhca", {"heads": 3}, "found option heads for probe 'mhca'; it has n_heads"),
-    "option of none": ("linear", {"bias": 0}, "found option bias for probe 'linear'; it has none"),
+    "option of none": (
+        "linear",
+        {"bias": 0},
+        "bias for probe 'linear'; it has layer_norm, dropout",
+    ),
     "heads": ("mhca", {"n_heads": 5}, "found n_heads=5, expected a divisor of dim=24"),
     "dropout": ("protobin", {"dropout": 1}, "found dropout=1, expected at least 0 and below 1"),
     "prototypes": (
