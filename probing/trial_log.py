@@ -89,6 +89,7 @@ class TrialLog:
 
         Those that were asked for before are the same again, also where that was cut short.
         """
+        self._give_up_halves()
         found = self._of_round(number)
         for index in range(len(found), len(points) or n):
             point = points[index] if points else None
@@ -136,17 +137,22 @@ class TrialLog:
         """Everything so far, round by round."""
         return tuple(map(_tried, self._trials()))
 
+    def _give_up_halves(self) -> None:
+        """Settings that a process was killed over while it asked for them."""
+        from optuna.trial import TrialState
+
+        with _quiet():
+            study = self._study(0)
+            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                if not _is_whole(trial):
+                    self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+
     def _of_round(self, number: int) -> list[FrozenTrial]:
         return [trial for trial in self._trials() if trial.user_attrs[ROUND] == number]
 
     def _trials(self) -> list[FrozenTrial]:
-        from optuna.trial import TrialState
-
         with _quiet():
-            trials = self._study(0).get_trials(deepcopy=False)
-        # A process that is killed between two writes leaves a trial that nobody has begun.
-        waiting = (TrialState.WAITING,)
-        return [one for one in trials if ROUND in one.user_attrs and one.state not in waiting]
+            return list(filter(_is_whole, self._study(0).get_trials(deepcopy=False)))
 
     def _study(self, seed: int) -> Study:
         import optuna
@@ -170,6 +176,11 @@ class TrialLog:
             name: FloatDistribution(lowest, highest, log=lowest > 0)
             for name, (lowest, highest) in vars(self._ranges).items()
         }
+
+
+def _is_whole(trial: FrozenTrial) -> bool:
+    """Whether all is there that asking for a setting writes."""
+    return ROUND in trial.user_attrs and len(trial.params) == len(Point._fields)
 
 
 def _point(trial: FrozenTrial) -> Point:
