@@ -56,6 +56,16 @@ def train_probe(
     no_views: Annotated[
         bool, typer.Option("--no-views", help="Train on clean clips alone, on no view of them.")
     ] = False,
+    group: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="Clips that belong together. [default: group, recording or path]",
+        ),
+    ] = None,
+    allow_leakage: Annotated[
+        bool, typer.Option("--allow-leakage", help="Train although splits share recordings.")
+    ] = False,
     epochs: Annotated[int, typer.Option(min=1)] = 30,
     batch_size: Annotated[int, typer.Option(min=1)] = 64,
     seeds: Annotated[int, typer.Option(min=1, help="Final runs of the chosen setting.")] = 5,
@@ -83,7 +93,7 @@ def train_probe(
 
     from patchbank.pipeline.bank import open_bank
     from patchbank.probing.entries import on_layers, parse_layers, parse_probe
-    from patchbank.probing.results import format_scores
+    from patchbank.probing.results import format_comparisons, format_scores
     from patchbank.probing.run import run_training
     from patchbank.probing.settings import TrainSettings
     from patchbank.probing.vocabulary import read_vocabulary
@@ -116,6 +126,8 @@ def train_probe(
             task=task.value,
             allow_unlabelled=allow_unlabelled,
             use_views=not no_views,
+            group=group,
+            allow_leakage=allow_leakage,
             tier=tier.value,
             progress=progress,
             say=lambda line: print(line, file=sys.stderr),
@@ -125,6 +137,8 @@ def train_probe(
         return
     for name, found in (results if len(labels) > 1 else {"": results}).items():
         print_table(format_scores(found, f"Test scores: {name}" if name else "Test scores"))
+        if found["comparisons"]:
+            print_table(format_comparisons(found))
         print(f"{out / name}: results.json, one folder a probe")
 
 

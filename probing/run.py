@@ -14,7 +14,9 @@ from patchbank.probing.bank_source import BankSource
 from patchbank.probing.batch import TokenSource
 from patchbank.probing.entries import Entry, on_layers
 from patchbank.probing.evaluation import Fold
+from patchbank.probing.groups import read_groups
 from patchbank.probing.labels import LabelSet, TaskKind, read_labels
+from patchbank.probing.leakage import check_leakage
 from patchbank.probing.passes import OnProgress
 from patchbank.probing.probes.probe_files import file_sha256
 from patchbank.probing.protocol import train_tasks
@@ -39,6 +41,8 @@ def run_training(
     task: TaskKind = "auto",
     allow_unlabelled: bool = False,
     use_views: bool = True,
+    group: str | None = None,
+    allow_leakage: bool = False,
     tier: Tier = "auto",
     source: Callable[[Sequence[int]], TokenSource] | None = None,
     progress: OnProgress | None = None,
@@ -54,8 +58,10 @@ def run_training(
 
     `source` gives the tokens of layers; None reads the bank itself, from `tier`, and tells `say`
     which one that is. `use_views=False` trains on clean clips alone; views that would carry a
-    validation or test clip into training are left out anyway, and `say` is told how many. Raises
-    `ManifestError` for wrong tables, `TrialError`.
+    validation or test clip into training are left out anyway, and `say` is told how many. `group`
+    is the column whose clips are drawn together by the bootstrap; none of them, no recording and no
+    sound may lie in two parts of a split unless `allow_leakage`. Raises `ManifestError` for wrong
+    tables, `TrialError`.
     """
     settings, say = settings or TrainSettings(), say or (lambda line: None)
     say_once = functools.cache(say)  # every fold says the same of its probes
@@ -80,6 +86,11 @@ def run_training(
         for name, table in zip(names, tables, strict=True)
     }
     splits = {name: _splits(name, bank, one, splits_path, folds) for name, one in sets.items()}
+    groups = read_groups(bank.clips, group)
+    leakage = {
+        name: check_leakage(bank.clips, found, groups, allow=allow_leakage)
+        for name, found in splits.items()
+    }
     for name, found in splits.items():
         for line in filter(None, map(views_left_out, found)):
             say(f"{name}: {line}" if name else line)
@@ -97,7 +108,8 @@ def run_training(
             folds_of[task_.name].append(Fold(task_.split, outcomes))
     results = {
         name: write_run(
-            FinishedRun(bank, one, tuple(folds_of[name]), settings, plugins), folders[name]
+            FinishedRun(bank, one, tuple(folds_of[name]), settings, groups, leakage[name], plugins),
+            folders[name],
         )
         for name, one in sets.items()
     }
