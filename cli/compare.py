@@ -43,7 +43,8 @@ def compare(
     rows = found["comparisons"]
     if rows:
         title = f"{rows[0]['a']} against the others" if not all_pairs else "All pairs"
-        print_table(comparison_table(rows, f"{title}, {found['metric']}", _tested(found)))
+        title = f"{title}, {found['metric']}"
+        print_table(comparison_table(rows, title, _tested(found), all_pairs=all_pairs))
 
 
 def score_table(found: Mapping[str, Any]) -> Table:

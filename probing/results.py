@@ -112,22 +112,23 @@ def format_comparisons(results: Mapping[str, Any]) -> Table:
     return comparison_table(against, f"{best} against the others, {metric}", caption)
 
 
-def comparison_table(rows: Sequence[Mapping[str, Any]], title: str, caption: str) -> Table:
-    """Differences with intervals, p-values and winners; the first of each pair if they differ."""
+def comparison_table(
+    rows: Sequence[Mapping[str, Any]], title: str, caption: str, *, all_pairs: bool = False
+) -> Table:
+    """Differences with intervals, corrected p-values and winners; the better one if `all_pairs`."""
     from rich.table import Table
 
     table = Table(title=title, caption=caption)
-    several = len({row["a"] for row in rows}) > 1
-    if several:
+    if all_pairs:
         table.add_column("probe", overflow="fold", max_width=18)
     table.add_column("against", overflow="fold", max_width=18)
-    for header in ("difference", "95 % interval", "p"):
+    for header in ("difference", "95 % interval", "p (Holm)"):
         table.add_column(header, justify="right", no_wrap=True)
     table.add_column("wins", justify="center")
     for row in rows:
         low, high = (_signed(bound) for bound in row["ci95"])
         table.add_row(
-            *([row["a"]] if several else []),
+            *([row["a"]] if all_pairs else []),
             row["b"],
             _signed(row["difference"]),
             f"{low} .. {high}",

@@ -33,7 +33,7 @@ from patchbank.probing.study import Task
 from patchbank.probing.trials import Trial, TrialStack
 
 ROWS = np.arange(120)
-SPLIT = Split("split", ROWS[:70], ROWS[70:95], ROWS[95:])
+SPLIT = Split("split", ROWS[:70], ROWS[70:96], ROWS[96:])
 SETTINGS = TrainSettings(
     n_epochs=3, n_candidates=2, n_seeds=2, batch_size=16, n_resamples=50, device="cpu"
 )

@@ -101,5 +101,5 @@ def test_groups_are_by_the_most_telling_column_and_a_row_without_one_by_its_reco
 
 
 def test_an_unknown_column_is_refused_with_those_there_are() -> None:
-    with pytest.raises(TrialError, match="no column 'site' .* --group; it has clip_id"):
+    with pytest.raises(TrialError, match=r"no column .site. .* --group; it has clip_id"):
         read_groups(clip_table(2), "site")
