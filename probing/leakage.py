@@ -1,14 +1,14 @@
 """Refuses splits whose parts share a recording, a group of clips, or the very same sound.
 
 What a probe has heard in training it knows again in the test: such scores are too good. Only rows
-that take part count, by their group (where the bank's clips have one), by their recording, and
-clean ones by the digest of their audio.
+that take part count, and what is mixed into views that train: by their group (where the bank's
+clips have one), by their recording, and clean ones by the digest of their audio.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from operator import itemgetter
 from typing import Literal, cast
@@ -44,6 +44,7 @@ def check_leakage(
     Raises `TrialError` where there are some, unless `allow`.
     """
     keys = _keys(clips, groups)
+    splits = [replace(split, train=_heard(split.train, clips)) for split in splits]
     leaks = {kind: _leaks(keys[kind], splits) for kind in KINDS if kind in keys}
     if any(leaks.values()) and not allow:
         lines = [_line(kind, keys[kind], leaks[kind], clips) for kind in leaks if leaks[kind]]
@@ -54,6 +55,17 @@ def check_leakage(
             "--allow-leakage, which results.json records"
         )
     return {kind: len(leaks[kind]) if kind in leaks else None for kind in KINDS}
+
+
+def _heard(train: Int[np.ndarray, " train"], clips: pa.Table) -> Int[np.ndarray, " heard"]:
+    """The rows that train, and the clean rows of clips that are mixed into them."""
+    if "mix_sources" not in clips.column_names:
+        return train
+    mixes = clips.column("mix_sources").take(pa.array(train)).to_pylist()
+    mixed = {name for mix in mixes for name in mix or ()}
+    ids = clips.column("clip_id").to_pylist()
+    sources = [row for row in np.flatnonzero(is_clean(clips)).tolist() if ids[row] in mixed]
+    return np.union1d(train, np.array(sources, dtype=np.int64))
 
 
 def _keys(clips: pa.Table, groups: Groups) -> dict[Kind, _Keys]:

@@ -107,8 +107,10 @@ def are_hits(truth: Truth, scores: TrialScores) -> Float[np.ndarray, "trial clip
 
 def recalls(truth: Truth, scores: TrialScores) -> Float[np.ndarray, "trial class"]:
     """The share of each class's clips that are hits; NaN of a class without positives."""
-    n_positives = truth.sum(axis=0)
-    shares = are_hits(truth, scores) @ truth / np.maximum(1, n_positives)
+    n_classes, classes = truth.shape[1], truth.argmax(axis=1)
+    n_positives = np.bincount(classes, minlength=n_classes)
+    n_hits = [np.bincount(classes, hits, n_classes) for hits in are_hits(truth, scores)]
+    shares = np.stack(n_hits) / np.maximum(1, n_positives)
     return np.asarray(np.where(n_positives > 0, shares, np.nan))
 
 

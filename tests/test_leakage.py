@@ -71,6 +71,14 @@ def test_the_same_sound_under_two_names_leaks_but_not_as_a_view() -> None:
     assert found["sounds"] == 0
 
 
+def test_a_clip_of_no_part_takes_part_where_it_is_mixed_into_a_view_that_trains() -> None:
+    parts, view = ["train", "train", "valid", "valid", "test", ""], [0, 1, 0, 0, 0, 0]
+    assert check(parts, view=view)["recordings"] == 0
+    mixes = [None, ["r2/1"], None, None, None, None]
+    said = refusal(clip_table(6, view=view, mix_sources=mixes), split_of(parts))
+    assert "  1 recording: 'r2.wav' in train and test" in said
+
+
 def test_rows_that_take_no_part_leak_nothing() -> None:
     assert check(["train", "", "valid", "valid", "", "test"])["recordings"] == 0
 
