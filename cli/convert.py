@@ -72,6 +72,10 @@ def convert(
     splits: Annotated[Path | None, typer.Option(help="For --measure: table of splits.")] = None,
     folds: Annotated[str | None, typer.Option(help="For --measure: column of folds.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="For --measure: runs of each probe.")] = 5,
+    allow_leakage: Annotated[
+        bool,
+        typer.Option("--allow-leakage", help="For --measure: although splits share recordings."),
+    ] = False,
 ) -> None:
     """Make another bank of a bank: other type, fewer layers or clips, no holes."""
     from patchbank.pipeline.bank import open_bank
@@ -83,7 +87,7 @@ def convert(
     if measure is not None and rows is not None:
         raise typer.BadParameter("--measure compares banks of the same clips: no --split, --clips")
     if measure is not None:
-        check_measurable(source, measure, splits=splits, folds=folds)
+        check_measurable(source, measure, splits=splits, folds=folds, allow_leakage=allow_leakage)
     with shard_bar("convert") as progress:
         made = converted(
             source,
@@ -97,7 +101,15 @@ def convert(
         )
     print_made(made)
     if measure is not None:
-        note_change(source, made, measure, splits=splits, folds=folds, seeds=seeds)
+        note_change(
+            source,
+            made,
+            measure,
+            splits=splits,
+            folds=folds,
+            seeds=seeds,
+            allow_leakage=allow_leakage,
+        )
 
 
 def converted(
@@ -203,17 +215,34 @@ def _named(bank: Bank, clips: Path) -> np.ndarray:
     return np.fromiter((one in wanted_views for one in keys), bool, len(keys))
 
 
-def check_measurable(source: Bank, labels: Path, *, splits: Path | None, folds: str | None) -> None:
+def check_measurable(
+    source: Bank,
+    labels: Path,
+    *,
+    splits: Path | None,
+    folds: str | None,
+    allow_leakage: bool = False,
+) -> None:
     """Reads labels and splits, so that a mistake in them shows before hours of conversion."""
+    from patchbank.probing.groups import read_groups
     from patchbank.probing.labels import read_labels
+    from patchbank.probing.leakage import check_leakage
     from patchbank.probing.splits import read_splits
 
     known = read_labels(labels, source.clips).known
-    read_splits(source.clips, usable=known, splits_path=splits, folds=folds)
+    found = read_splits(source.clips, usable=known, splits_path=splits, folds=folds)
+    check_leakage(source.clips, found, read_groups(source.clips), allow=allow_leakage)
 
 
 def note_change(
-    source: Bank, made: Bank, labels: Path, *, splits: Path | None, folds: str | None, seeds: int
+    source: Bank,
+    made: Bank,
+    labels: Path,
+    *,
+    splits: Path | None,
+    folds: str | None,
+    seeds: int,
+    allow_leakage: bool = False,
 ) -> None:
     """Trains probes on both banks, prints what changes and keeps it in the new bank's notes."""
     from patchbank.cli.bank_facts import readable_measurements
@@ -229,6 +258,7 @@ def note_change(
             settings=TrainSettings(n_seeds=seeds),
             splits_path=splits,
             folds=folds,
+            allow_leakage=allow_leakage,
             progress=progress,
         )
     write_measurement(made, facts)

@@ -8,7 +8,18 @@ from collections.abc import Sequence
 
 import typer
 
-from patchbank.cli import bank, check, demo, encoders, extract, predict, probes, train, worker
+from patchbank.cli import (
+    bank,
+    check,
+    compare,
+    demo,
+    encoders,
+    extract,
+    predict,
+    probes,
+    train,
+    worker,
+)
 from patchbank.pipeline.errors import PatchbankError
 
 app = typer.Typer(
@@ -24,6 +35,7 @@ app.command("demo")(demo.demo)
 app.command("extract")(extract.extract)
 app.command("worker")(worker.worker)
 app.command("train-probe")(train.train_probe)
+app.command("compare")(compare.compare)
 app.command("predict")(predict.predict)
 app.command("encoders")(encoders.encoders)
 app.command("check")(check.check)

@@ -66,6 +66,16 @@ def train_probe(
     no_views: Annotated[
         bool, typer.Option("--no-views", help="Train on clean clips alone, on no view of them.")
     ] = False,
+    group: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="Clips that belong together. [default: group, recording or path]",
+        ),
+    ] = None,
+    allow_leakage: Annotated[
+        bool, typer.Option("--allow-leakage", help="Train although splits share recordings.")
+    ] = False,
     epochs: Annotated[int | None, typer.Option(min=1, help="[default: 30]")] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Batches to train, in place of --epochs.")
@@ -111,7 +121,7 @@ def train_probe(
 
     from patchbank.pipeline.bank import open_bank
     from patchbank.probing.atomic import write_text
-    from patchbank.probing.results import format_scores
+    from patchbank.probing.results import format_comparisons, format_scores
     from patchbank.probing.run import run_training
     from patchbank.probing.train_options import TrainOptions
     from patchbank.probing.vocabulary import read_vocabulary
@@ -126,6 +136,8 @@ def train_probe(
         "task": task and task.value,
         "allow_unlabelled": allow_unlabelled or None,
         "no_views": no_views or None,
+        "group": group,
+        "allow_leakage": allow_leakage or None,
         "epochs": epochs,
         "steps": steps,
         "batch_size": batch_size,
@@ -156,6 +168,8 @@ def train_probe(
             task=options.task,
             allow_unlabelled=options.allow_unlabelled,
             use_views=not options.no_views,
+            group=options.group,
+            allow_leakage=options.allow_leakage,
             tier=options.tier,
             overwrite=overwrite,
             progress=progress,
@@ -167,6 +181,8 @@ def train_probe(
         return
     for name, found in (results if len(tables) > 1 else {"": results}).items():
         print_table(format_scores(found, f"Test scores: {name}" if name else "Test scores"))
+        if found["comparisons"]:
+            print_table(format_comparisons(found))
         print(f"{out / name}: results.json, one folder a probe")
 
 

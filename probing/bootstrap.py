@@ -1,27 +1,43 @@
 """Bootstrap over clips: how far a score could move with another draw of the same test set.
 
-A resample is a weight for every clip (how often it was drawn), so each class is sorted once and
-all resamples are weighted sums along that order: far cheaper than scoring every resample anew,
-and equal to scikit-learn's metrics with `sample_weight` (tested).
+Clips of one group (a recording, say) are drawn together. A resample is a weight for every clip (how
+often it was drawn), so each class is sorted once, and all resamples are weighted sums over the
+stretches between its positives: far cheaper than scoring every resample anew, and equal to
+scikit-learn's metrics with `sample_weight` (tested).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float, Int, UInt16
+import scipy.sparse
+from jaxtyping import Bool, Float, Int, Integer, UInt16
 
-from patchbank.probing.metrics import Metric, left_out
+from patchbank.probing.metrics import (
+    Metric,
+    are_hits,
+    class_mean,
+    d_prime_of,
+    left_out,
+)
 from patchbank.probing.randomness import derived_seed
+from patchbank.probing.ranking import label_ranking_precisions
+from patchbank.probing.threads import in_threads
 
 Draws = UInt16[np.ndarray, "resample clip"]
 """How often each clip was drawn."""
 Samples = Float[np.ndarray, " resample"]
-ELEMENT_BUDGET = 2**29
-"""Resamples x clips x classes x seeds that one metric of one split may cost: ten seconds or so."""
+SeedScores = Float[np.ndarray, "seed clip class"]
+Truth = Bool[np.ndarray, "clip class"]
+Weights = Integer[np.ndarray, "clip drawn"]
+"""Some resamples of `Draws`, clip by clip: sums over clips then run along memory."""
+ELEMENT_BUDGET = 2**33
+"""Resamples x clips x classes x seeds that a probe may cost on one split: see docs/statistics.md
+for what was measured."""
 MIN_RESAMPLES = 100
-BLOCK_ELEMENTS = 2**19
+BLOCK_ELEMENTS = 2**21
 
 
 def affordable_resamples(n_resamples: int, *, n_seeds: int, n_clips: int, n_classes: int) -> int:
@@ -30,145 +46,230 @@ def affordable_resamples(n_resamples: int, *, n_seeds: int, n_clips: int, n_clas
     return min(n_resamples, max(MIN_RESAMPLES, affordable))
 
 
-def draw_clips(n_clips: int, *, n_resamples: int, seed: int) -> Draws:
-    """Resamples that (n_clips, seed) alone decide, so that probes are compared in pairs."""
-    random = np.random.default_rng([derived_seed("bootstrap", seed), n_clips])
-    draws = np.empty((n_resamples, n_clips), dtype=np.uint16)
+def draw_clips(groups: Int[np.ndarray, " clip"], *, n_resamples: int, seed: int) -> Draws:
+    """Resamples of the groups 0, 1, ... of clips, as many groups as there are, with replacement.
+
+    The seed and the number of groups alone decide how often each group is drawn, so that probes
+    are compared in pairs; the first draws do not depend on `n_resamples`.
+    """
+    n_groups = int(groups.max()) + 1
+    random = np.random.default_rng([derived_seed("bootstrap", seed), n_groups])
+    draws = np.empty((n_resamples, len(groups)), dtype=np.uint16)
     for row in range(n_resamples):
-        drawn = random.integers(0, n_clips, size=n_clips)
-        draws[row] = np.bincount(drawn, minlength=n_clips)
+        drawn = random.integers(0, n_groups, size=n_groups)
+        draws[row] = np.bincount(drawn, minlength=n_groups)[groups]
     return draws
 
 
 def resampled_scores(
     metric: Metric,
     targets: Float[np.ndarray, "clip class"],
-    scores: Float[np.ndarray, "seed clip class"],
+    scores: SeedScores,
     draws: Draws,
 ) -> Samples:
     """The mean over seeds of `metric` on each resample; NaN where it has no positives at all.
 
     A class that a resample leaves without positives is left out of that resample's mean.
     """
+    return resampled_metrics([metric], targets, scores, draws)[metric]
+
+
+def resampled_metrics(
+    metrics: Sequence[Metric],
+    targets: Float[np.ndarray, "clip class"],
+    scores: SeedScores,
+    draws: Draws,
+) -> dict[Metric, Samples]:
+    """`resampled_scores` of several metrics, of which those by class share their sums."""
     truth = targets > 0.5
-    if metric == "accuracy":
-        hits = (scores.argmax(axis=2) == truth.argmax(axis=1)).mean(axis=0)
-        return np.asarray(draws @ hits / targets.shape[0])
-    if metric == "map_micro":
-        curves = [_curve(one.ravel(), truth.ravel(), n_classes=truth.shape[1]) for one in scores]
-        return np.asarray(np.mean([_average_precision(curve, draws) for curve in curves], axis=0))
-    area = _average_precision if metric == "map_macro" else _roc_area
-    judged = np.setdiff1d(np.arange(truth.shape[1]), left_out(metric, targets))
-    total, n_valid = np.zeros(len(draws)), np.zeros(len(draws))
-    for one in scores:
-        for index in judged:
-            value = area(_curve(one[:, index], truth[:, index], n_classes=1), draws)
-            n_valid += ~np.isnan(value)
-            total += np.nan_to_num(value)
-    return np.where(n_valid > 0, total / np.maximum(n_valid, 1), np.nan)
+    found: dict[Metric, Samples] = {}
+    if {"map_macro", "auroc_macro", "d_prime"} & set(metrics):
+        precision, area = _by_class(truth, scores, draws)
+        found["map_macro"], found["auroc_macro"] = precision.mean(axis=0), area.mean(axis=0)
+        with np.errstate(invalid="ignore"):  # of one seed infinite, of another minus infinite
+            found["d_prime"] = d_prime_of(area).mean(axis=0)
+    if "map_micro" in metrics:
+        found["map_micro"] = _micro(truth, scores, draws)
+    if "accuracy" in metrics:
+        found["accuracy"] = _weighted_mean(are_hits(truth, scores).mean(axis=0), draws)
+    if "balanced_accuracy" in metrics:
+        found["balanced_accuracy"] = _balanced(truth, scores, draws)
+    if "lwlrap" in metrics:
+        n_labels = truth.sum(axis=1)
+        by_label = label_ranking_precisions(truth, scores).mean(axis=0) / np.maximum(1, n_labels)
+        found["lwlrap"] = _weighted_mean(by_label, draws, weights=n_labels)
+    return {metric: found[metric] for metric in metrics}
 
 
 def interval(samples: Samples, *, level: float = 0.95) -> tuple[float, float]:
-    """The percentile interval of bootstrap samples; NaN where none is defined."""
+    """The percentile interval of bootstrap samples; NaN where none is defined.
+
+    A bound that falls beside an infinite sample is infinite or NaN.
+    """
     defined = samples[~np.isnan(samples)]
     if not len(defined):
         return float("nan"), float("nan")
     tail = (1 - level) / 2
-    low, high = np.quantile(defined, [tail, 1 - tail])
+    with np.errstate(invalid="ignore"):
+        low, high = np.quantile(defined, [tail, 1 - tail])
     return float(low), float(high)
 
 
 @dataclass(frozen=True)
 class _Curve:
-    """Clips from the highest to the lowest score, cut where a positive begins or ends a tie.
+    """Clips from the highest to the lowest score, cut where a positive's tie begins or ends.
 
     Between two cuts no threshold matters, so a resample needs one sum a stretch, not one a clip.
     """
 
-    clip: Int[np.ndarray, " element"]
-    cuts: Int[np.ndarray, " cut"]
-    """Beginnings of the stretches; the first is 0."""
-    begin: Int[np.ndarray, " threshold"]
-    """Position in `cuts` where the ties of a threshold begin; thresholds have positives."""
-    end: Int[np.ndarray, " threshold"]
-    """Position in `cuts` after them; their number is that of the last stretch's end."""
-    positive_clip: Int[np.ndarray, " positive"]
-    positive_cuts: Int[np.ndarray, " threshold"]
-    """First of the positives of each threshold."""
+    stretches: scipy.sparse.csr_matrix
+    """(2 threshold + 1, clip): what lies above each threshold, then at it; last what lies below."""
+    positives: scipy.sparse.csr_matrix
+    """(threshold, clip): the positives at each threshold; every threshold has some."""
 
 
 def _curve(
-    scores: Float[np.ndarray, " element"],
-    truth: Bool[np.ndarray, " element"],
-    *,
-    n_classes: int,
+    scores: Float[np.ndarray, " element"], truth: Bool[np.ndarray, " element"], *, n_classes: int
 ) -> _Curve:
-    order = np.argsort(-scores, kind="stable")
-    clip, ordered = order // n_classes, scores[order]
-    starts = np.append(0, np.flatnonzero(ordered[1:] != ordered[:-1]) + 1)
-    positions = np.flatnonzero(truth[order])
-    ties = np.searchsorted(starts, positions, side="right") - 1
-    thresholds, first = np.unique(ties, return_index=True)
-    begin, end = starts[thresholds], np.append(starts, len(order))[thresholds + 1]
-    cuts = np.unique(np.concatenate([[0], begin, end]))
-    places = np.searchsorted(cuts, begin), np.searchsorted(cuts, end)
-    return _Curve(clip, cuts[cuts < len(order)], *places, clip[positions], first)
+    n_clips = len(scores) // n_classes
+    order = np.argsort(scores)
+    ordered, positive = scores[order], np.flatnonzero(truth[order])
+    thresholds, n_tied = np.unique(ordered[positive], return_counts=True)
+    begin, end = (np.searchsorted(ordered, thresholds, side=side) for side in ("left", "right"))
+    # From the highest score: the k-th threshold from the top begins where it ends from below.
+    ends = np.stack([len(order) - end[::-1], len(order) - begin[::-1]], axis=1).ravel()
+    clips = order[::-1] // n_classes
+    return _Curve(
+        _rows_of_ones(clips, np.concatenate([[0], ends, [len(order)]]), n_clips),
+        _rows_of_ones(
+            order[positive[::-1]] // n_classes, np.append(0, np.cumsum(n_tied[::-1])), n_clips
+        ),
+    )
+
+
+def _rows_of_ones(
+    clips: Int[np.ndarray, " element"], ends: Int[np.ndarray, " end"], n_clips: int
+) -> scipy.sparse.csr_matrix:
+    # 16-bit ones: a product has the wider type of its factors, which the weights then decide.
+    ones = np.ones(len(clips), dtype=np.int16)
+    return scipy.sparse.csr_matrix((ones, clips, ends), shape=(len(ends) - 1, n_clips))
 
 
 @dataclass(frozen=True)
 class _Drawn:
     """Drawn clips around each threshold, exact integers."""
 
-    positives: Float[np.ndarray, "resample threshold"]
+    positives: Float[np.ndarray, "threshold drawn"]
     """Positives at the threshold."""
-    hits: Float[np.ndarray, "resample threshold"]
+    hits: Float[np.ndarray, "threshold drawn"]
     """Positives at or above it."""
-    before: Float[np.ndarray, "resample threshold"]
+    before: Float[np.ndarray, "threshold drawn"]
     """Clips above it."""
-    through: Float[np.ndarray, "resample threshold"]
+    through: Float[np.ndarray, "threshold drawn"]
     """Clips at or above it."""
-    total: Float[np.ndarray, " resample"]
+    total: Float[np.ndarray, " drawn"]
 
 
-def _draw(curve: _Curve, draws: Draws) -> _Drawn:
-    stretches = np.add.reduceat(draws[:, curve.clip], curve.cuts, axis=1, dtype=np.float64)
-    above = np.cumsum(np.pad(stretches, ((0, 0), (1, 0))), axis=1)
-    weights = draws[:, curve.positive_clip]
-    positives = np.add.reduceat(weights, curve.positive_cuts, axis=1, dtype=np.float64)
-    hits = np.cumsum(positives, axis=1)
-    return _Drawn(positives, hits, above[:, curve.begin], above[:, curve.end], above[:, -1])
+def _draw(curve: _Curve, weights: Weights) -> _Drawn:
+    above = np.cumsum(curve.stretches @ weights, axis=0, dtype=np.float64)
+    positives = (curve.positives @ weights).astype(np.float64)
+    return _Drawn(positives, np.cumsum(positives, axis=0), above[:-1:2], above[1::2], above[-1])
 
 
-def _average_precision(curve: _Curve, draws: Draws) -> Samples:
+def _average_precision(drawn: _Drawn) -> Float[np.ndarray, " drawn"]:
     """Sum over thresholds of precision x gain in recall, as scikit-learn defines it."""
-    samples = np.empty(len(draws))
-    for block in _blocks(len(draws), len(curve.clip)):
-        drawn = _draw(curve, draws[block])
-        precision = drawn.hits / np.maximum(drawn.through, 1)
-        samples[block] = _ratio((precision * drawn.positives).sum(axis=1), drawn.hits[:, -1])
-    return samples
+    precision = drawn.hits / np.maximum(drawn.through, 1)
+    return _ratio((precision * drawn.positives).sum(axis=0), drawn.hits[-1])
 
 
-def _roc_area(curve: _Curve, draws: Draws) -> Samples:
+def _roc_area(drawn: _Drawn) -> Float[np.ndarray, " drawn"]:
     """Share of (positive, negative) pairs in the right order, ties for a half: the ROC's area."""
-    samples = np.empty(len(draws))
-    for block in _blocks(len(draws), len(curve.clip)):
-        drawn = _draw(curve, draws[block])
-        n_negatives = drawn.total - drawn.hits[:, -1]
-        below = n_negatives[:, None] - (drawn.through - drawn.hits)
-        tied = drawn.through - drawn.before - drawn.positives
-        area = (drawn.positives * (below + tied / 2)).sum(axis=1)
-        samples[block] = _ratio(area, drawn.hits[:, -1] * n_negatives)
-    return samples
+    n_negatives = drawn.total - drawn.hits[-1]
+    below = n_negatives - (drawn.through - drawn.hits)
+    tied = drawn.through - drawn.before - drawn.positives
+    return _ratio((drawn.positives * (below + tied / 2)).sum(axis=0), drawn.hits[-1] * n_negatives)
 
 
-def _blocks(n_resamples: int, n_elements: int) -> list[slice]:
-    """Slices of resamples whose weights fit a bounded scratch."""
-    size = max(1, BLOCK_ELEMENTS // n_elements)
-    return [slice(start, start + size) for start in range(0, n_resamples, size)]
+def _by_class(
+    truth: Truth, scores: SeedScores, draws: Draws
+) -> tuple[Float[np.ndarray, "seed resample"], Float[np.ndarray, "seed resample"]]:
+    """Macro average precision and ROC area of each seed on each resample."""
+    judged = np.setdiff1d(np.arange(truth.shape[1]), left_out("map_macro", truth.astype(float)))
+    if not len(judged):
+        nothing = np.full((len(scores), len(draws)), np.nan)
+        return nothing, nothing
+    blocks = _blocks(draws, n_rows=len(truth))
+    parts = [truth[:, index] for index in judged]
+
+    def judge(place: tuple[int, int]) -> Float[np.ndarray, "metric resample"]:
+        seed, part = place
+        curve = _curve(scores[seed][:, judged[part]], parts[part], n_classes=1)
+        drawn = [_draw(curve, weights) for weights in blocks]
+        areas = _average_precision, _roc_area
+        return np.stack([np.concatenate([area(one) for one in drawn]) for area in areas])
+
+    means = []
+    for seed in range(len(scores)):
+        values = np.stack(in_threads(judge, [(seed, part) for part in range(len(judged))]), axis=2)
+        means.append([class_mean(one) for one in values])
+    precision, area = np.array(means).swapaxes(0, 1)
+    return precision, area
 
 
-def _ratio(part: Float[np.ndarray, " resample"], whole: Float[np.ndarray, " resample"]) -> Samples:
-    ratio = np.full(len(part), np.nan)
+def _micro(truth: Truth, scores: SeedScores, draws: Draws) -> Samples:
+    n_positives = int(np.count_nonzero(truth))
+    if not n_positives:
+        return np.full(len(draws), np.nan)
+    blocks = _blocks(draws, n_rows=max(len(truth), 2 * n_positives), n_classes=truth.shape[1])
+    total = np.zeros(len(draws))
+    for one in scores:
+        curve = _curve(one.ravel(), truth.ravel(), n_classes=truth.shape[1])
+
+        def judge(weights: Weights, curve: _Curve = curve) -> Samples:
+            return _average_precision(_draw(curve, weights))
+
+        total += np.concatenate(in_threads(judge, blocks))
+    return total / len(scores)
+
+
+def _balanced(truth: Truth, scores: SeedScores, draws: Draws) -> Samples:
+    """The mean recall of the classes that a resample holds."""
+    of_class = scipy.sparse.csr_matrix(truth.T.astype(np.float64))
+    hits = of_class.multiply(are_hits(truth, scores).mean(axis=0)).tocsr()
+    return np.concatenate(
+        [
+            class_mean(_ratio(hits @ weights, of_class @ weights).T)
+            for weights in _blocks(draws, n_rows=len(truth))
+        ]
+    )
+
+
+def _weighted_mean(
+    values: Float[np.ndarray, " clip"],
+    draws: Draws,
+    weights: Int[np.ndarray, " clip"] | None = None,
+) -> Samples:
+    weights = np.ones(len(values), dtype=np.int64) if weights is None else weights
+    blocks = _blocks(draws, n_rows=len(values))
+    return np.concatenate([_ratio((values * weights) @ one, weights @ one) for one in blocks])
+
+
+def _blocks(draws: Draws, *, n_rows: int, n_classes: int = 1) -> list[Weights]:
+    """The draws in parts whose sums over `n_rows` rows fit a bounded scratch."""
+    size = max(1, BLOCK_ELEMENTS // n_rows)
+    most = int(draws.sum(axis=1, dtype=np.int64).max()) * n_classes
+    # Sums of 16-bit integers are several times as fast.
+    dtype = np.int16 if most <= np.iinfo(np.int16).max else np.int32
+    return [
+        np.ascontiguousarray(draws[start : start + size].T.astype(dtype))
+        for start in range(0, len(draws), size)
+    ]
+
+
+def _ratio(
+    part: Float[np.ndarray, "*axes"],
+    whole: Integer[np.ndarray, "*axes"] | Float[np.ndarray, "*axes"],
+) -> Float[np.ndarray, "*axes"]:
+    ratio = np.full(part.shape, np.nan)
     np.divide(part, whole, out=ratio, where=whole > 0)
     return ratio

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 
 from patchbank.probing.batch import TokenSource
-from patchbank.probing.metrics import primary_metric, score
+from patchbank.probing.metrics import primary_metric, score_trials
 from patchbank.probing.passes import Course, predict_logits
 from patchbank.probing.plan import BatchRows
 from patchbank.probing.run_state import RunState
@@ -115,8 +115,7 @@ def stage_name(studies: Sequence[Study], stage: str) -> str:
 def trial_values(task: Task, course: Course, scores: Scores) -> tuple[float, ...]:
     """Each trial's primary metric on validation clips, -inf where it diverged."""
     metric = primary_metric(multi_label=task.multi_label)
-    truth = task.targets[task.split.valid]
-    return tuple(
-        score(metric, truth, one) if finite and np.isfinite(one).all() else -math.inf
-        for one, finite in zip(scores, course.stack.is_finite.tolist(), strict=True)
-    )
+    finite = course.stack.is_finite.cpu().numpy() & np.isfinite(scores).all(axis=(1, 2))
+    values = np.full(len(scores), -math.inf)
+    values[finite] = score_trials(metric, task.targets[task.split.valid], scores[finite])
+    return tuple(values.tolist())

@@ -33,6 +33,7 @@ def measure_change(
     layer: int | None = None,
     splits_path: Path | None = None,
     folds: str | None = None,
+    allow_leakage: bool = False,
     progress: OnProgress | None = None,
 ) -> Facts:
     """Test scores of `probes` on `reference` and on `bank`, and their change.
@@ -56,6 +57,7 @@ def measure_change(
                 layer=layer,
                 splits_path=splits_path,
                 folds=folds,
+                allow_leakage=allow_leakage,
                 progress=progress,
             )
 

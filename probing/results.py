@@ -98,6 +98,50 @@ def format_scores(results: Mapping[str, Any], title: str = "Test scores") -> Tab
     return table
 
 
+def format_comparisons(results: Mapping[str, Any]) -> Table:
+    """The best probe against each other one, at most 80 columns; `p` for all pairs of the run."""
+    rows = results["comparisons"]
+    best, metric = rows[0]["a"], rows[0]["metric"]
+    caption = (
+        f"{results['bootstrap_over']['n_groups']} groups of test clips by "
+        f"{results['bootstrap_over']['column']} resampled {results['n_resamples']} times; "
+        f"p corrected for {len(rows)} pair{'s' * (len(rows) > 1)} (Holm); a win is more than one "
+        "standard deviation"
+    )
+    against = [row for row in rows if row["a"] == best]
+    return comparison_table(against, f"{best} against the others, {metric}", caption)
+
+
+def comparison_table(
+    rows: Sequence[Mapping[str, Any]], title: str, caption: str, *, all_pairs: bool = False
+) -> Table:
+    """Differences with intervals, corrected p-values and winners; the better one if `all_pairs`."""
+    from rich.table import Table
+
+    table = Table(title=title, caption=caption)
+    if all_pairs:
+        table.add_column("probe", overflow="fold", max_width=18)
+    table.add_column("against", overflow="fold", max_width=18)
+    for header in ("difference", "95 % interval", "p (Holm)"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("wins", justify="center")
+    for row in rows:
+        low, high = (_signed(bound) for bound in row["ci95"])
+        table.add_row(
+            *([row["a"]] if all_pairs else []),
+            row["b"],
+            _signed(row["difference"]),
+            f"{low} .. {high}",
+            "-" if row["p_holm"] is None else f"{row['p_holm']:.3f}",
+            "yes" if row["winner"] == row["a"] else "no",
+        )
+    return table
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.4f}"
+
+
 def _caption(results: Mapping[str, Any]) -> str:
     test = next(row for row in results["scores"] if row["split"] == "test")
     parts = [f"{test['n_clips']} test clips, {test['n_seeds']} seeds, ± over {results['std_over']}"]
@@ -125,7 +169,11 @@ def _left_out_notes(results: Mapping[str, Any]) -> list[str]:
             metric = row["metric"]
             n_classes[metric] = max(n_classes.get(metric, 0), row["n_classes"])
     total = len(results["classes"])
-    return [f"{metric} without {n} of {total} classes" for metric, n in n_classes.items()]
+    return [
+        f"{', '.join(name for name in n_classes if n_classes[name] == n)} "
+        f"without {n} of {total} classes"
+        for n in dict.fromkeys(n_classes.values())
+    ]
 
 
 def _text(value: float | None) -> str:

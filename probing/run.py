@@ -17,8 +17,10 @@ from patchbank.probing.bank_source import BankSource
 from patchbank.probing.batch import TokenSource
 from patchbank.probing.entries import Entry, on_layers
 from patchbank.probing.evaluation import Fold
+from patchbank.probing.groups import read_groups
 from patchbank.probing.job import Job
 from patchbank.probing.labels import LabelSet, TaskKind, read_labels
+from patchbank.probing.leakage import check_leakage
 from patchbank.probing.probes.probe_files import file_sha256
 from patchbank.probing.protocol import train_job
 from patchbank.probing.run_files import FinishedRun, TokenBank, rows_of, write_run
@@ -45,6 +47,8 @@ def run_training(
     task: TaskKind = "auto",
     allow_unlabelled: bool = False,
     use_views: bool = True,
+    group: str | None = None,
+    allow_leakage: bool = False,
     tier: Tier = "auto",
     overwrite: bool = False,
     source: Callable[[Sequence[int]], TokenSource] | None = None,
@@ -65,8 +69,10 @@ def run_training(
 
     `source` gives the tokens of layers; None reads the bank itself, from `tier`, and tells `say`
     which one that is. `use_views=False` trains on clean clips alone; views that would carry a
-    validation or test clip into training are left out anyway, and `say` is told how many. Raises
-    `ManifestError` for wrong tables, `TrialError`.
+    validation or test clip into training are left out anyway, and `say` is told how many. `group`
+    is the column whose clips are drawn together by the bootstrap; none of them, no recording and no
+    sound may lie in two parts of a split unless `allow_leakage`. Raises `ManifestError` for wrong
+    tables, `TrialError`.
     """
     settings, say = settings or TrainSettings(), say or (lambda line: None)
     device = settings.torch_device
@@ -82,12 +88,19 @@ def run_training(
         task,
         allow_unlabelled,
         use_views,
+        group,
+        allow_leakage,
     )
     folders = {name: out / name for name in tables}
     for folder in folders.values():
         _check_writable(folder)
     sets = {name: _read_labels(table, bank, data) for name, table in tables.items()}
     splits = {name: _splits(name, bank, one, data) for name, one in sets.items()}
+    groups = read_groups(bank.clips, group)
+    leakage = {
+        name: check_leakage(bank.clips, found, groups, allow=allow_leakage)
+        for name, found in splits.items()
+    }
     identity = run_identity(bank, tables, entries, settings, plugins, data)
     with open_run(out, identity, overwrite=overwrite) as state:
         if all((folder / "results.json").is_file() for folder in folders.values()):
@@ -101,7 +114,9 @@ def run_training(
         job = Job(tokens, settings, progress, functools.cache(say), state)
         folds_of = _train_folds(job, sets, splits, entries)
         runs = {
-            name: FinishedRun(bank, one, tuple(folds_of[name]), settings, plugins, state)
+            name: FinishedRun(
+                bank, one, tuple(folds_of[name]), settings, groups, leakage[name], plugins, state
+            )
             for name, one in sets.items()
         }
         results = {name: write_run(run, folders[name]) for name, run in runs.items()}

@@ -13,9 +13,12 @@ import pyarrow as pa
 
 from patchbank.probing.artefact import ProbeArtefact, save_probe
 from patchbank.probing.atomic import write_json
-from patchbank.probing.evaluation import Fold, left_out_rows, resamples_of, score_rows
+from patchbank.probing.evaluation import Evaluation, Fold, evaluate, left_out_rows, resamples_of
+from patchbank.probing.groups import Groups
 from patchbank.probing.labels import LabelSet
 from patchbank.probing.metrics import primary_metric
+from patchbank.probing.paired_files import write_resamples, write_test_clips
+from patchbank.probing.per_class import write_per_class
 from patchbank.probing.plan import Rows
 from patchbank.probing.probes.base import n_parameters
 from patchbank.probing.protocol import Outcome
@@ -53,6 +56,9 @@ class FinishedRun:
     labels: LabelSet
     folds: tuple[Fold, ...]
     settings: TrainSettings
+    groups: Groups
+    leakage: Mapping[str, int | None]
+    """What `check_leakage` counted."""
     plugins: Mapping[str, str] = field(default_factory=dict)
     """Probes' files with their digests when the run began."""
     state: RunState = field(default_factory=RunState)
@@ -78,9 +84,27 @@ def write_run(run: FinishedRun, out: Path) -> dict[str, Any]:
             classes=run.labels.classes,
             multi_label=run.labels.multi_label,
         )
+        write_per_class(
+            folder / "per-class.csv",
+            run.folds,
+            index,
+            targets=run.labels.targets,
+            classes=run.labels.classes,
+            multi_label=run.labels.multi_label,
+        )
         save_probe(folder, _artefact(run, index))
+    evaluation = evaluate(
+        run.folds,
+        run.labels.targets,
+        clip_ids=clip_ids,
+        groups=run.groups.names,
+        multi_label=run.labels.multi_label,
+        n_resamples=run.settings.n_resamples,
+    )
+    write_test_clips(out, run.folds, run.labels, clip_ids=clip_ids, groups=run.groups.names)
+    write_resamples(out, evaluation.samples)
     # As it will be read.
-    results: dict[str, Any] = json.loads(json.dumps(_results(run), allow_nan=False))
+    results: dict[str, Any] = json.loads(json.dumps(_results(run, evaluation), allow_nan=False))
     write_json(out / "results.json", results)
     return results
 
@@ -120,30 +144,29 @@ def _artefact(run: FinishedRun, index: int) -> ProbeArtefact:
     )
 
 
-def _results(run: FinishedRun) -> dict[str, Any]:
+def _results(run: FinishedRun, evaluation: Evaluation) -> dict[str, Any]:
     labels, folds, settings = run.labels, run.folds, run.settings
     status = run.bank.clips.column("status").to_numpy()
     clean = is_clean(run.bank.clips)
     return {
         "format": FORMAT,
         "bank": run.bank.fingerprint,
+        "encoder": str(run.bank.card.get("encoder", {}).get("name", "")),
         "encoder_id": run.bank.encoder_id,
         "recipe_id": run.bank.recipe_id,
         "layers": sorted({one for outcome in folds[0].outcomes for one in outcome.entry.layers}),
         "task": "multi-label" if labels.multi_label else "multi-class",
         "primary_metric": primary_metric(multi_label=labels.multi_label),
         "std_over": "seeds" if len(folds) == 1 else "folds",
-        "scores": score_rows(
-            folds,
-            labels.targets,
-            multi_label=labels.multi_label,
-            n_resamples=settings.n_resamples,
-        ),
+        "scores": evaluation.scores,
+        "comparisons": evaluation.comparisons,
+        "bootstrap_over": {"column": run.groups.column, "n_groups": evaluation.n_groups},
+        "leakage": dict(run.leakage),
         "left_out": left_out_rows(
             folds, labels.targets, labels.classes, multi_label=labels.multi_label
         ),
         "test_scored": run.state.times_tested(),
-        "n_resamples": resamples_of(folds[0].outcomes[0].test_scores, settings.n_resamples),
+        "n_resamples": resamples_of(folds, settings.n_resamples),
         "n_failed_clips": int(((status == 2) & clean).sum()),
         "n_failed_views": int(((status == 2) & ~clean).sum()),
         "n_unlabelled_clips": labels.n_unlabelled,

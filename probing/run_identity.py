@@ -25,6 +25,8 @@ class DataChoice:
     task: TaskKind = "auto"
     allow_unlabelled: bool = False
     use_views: bool = True
+    group: str | None = None
+    allow_leakage: bool = False
 
 
 def run_identity(

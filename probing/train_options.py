@@ -56,6 +56,8 @@ class TrainOptions(_Strict):
     task: TaskKind = "auto"
     allow_unlabelled: bool = False
     no_views: bool = False
+    group: str | None = None
+    allow_leakage: bool = False
     epochs: int = 30
     steps: int | None = None
     batch_size: int = 64

@@ -221,7 +221,7 @@ def test_a_class_without_positives_is_left_out_of_the_mean_and_counted(
     line[line.index("--out") + 1] = str(tmp_path / "run")
     capsys.readouterr()
     assert main(line) == 0
-    assert "map_macro without 1 of 3 classes" in " ".join(capsys.readouterr().out.split())
+    assert "d_prime without 1 of 3 classes" in " ".join(capsys.readouterr().out.split())
     results = json.loads((tmp_path / "run/results.json").read_text())
     score = next(s for s in results["scores"] if (s["split"], s["metric"]) == ("test", "map_macro"))
     assert score["mean"] == 1.0

@@ -34,7 +34,7 @@ from patchbank.probing.training import fit
 from patchbank.probing.trials import Trial, TrialStack
 
 ROWS = np.arange(120)
-SPLIT = Split("split", ROWS[:70], ROWS[70:95], ROWS[95:])
+SPLIT = Split("split", ROWS[:70], ROWS[70:96], ROWS[96:])
 SETTINGS = TrainSettings(
     n_epochs=3,
     search=SearchSettings(n_candidates=2),
@@ -100,7 +100,7 @@ def test_a_label_set_over_fewer_clips_learns_from_its_part_of_every_batch() -> N
         )
         for targets in (second, spoilt)
     ]
-    assert found[0][1][0].test_scores.shape == (2, 13, 2)
+    assert found[0][1][0].test_scores.shape == (2, 12, 2)
     assert np.array_equal(found[0][1][0].test_scores, found[1][1][0].test_scores)
     [alone] = train(
         ArraySource(tokens), first, SPLIT, probes=["linear"], multi_label=True, settings=SETTINGS
@@ -275,7 +275,7 @@ def test_several_layers_are_several_probes_and_a_mix_is_one(tmp_path: Path) -> N
     mixed = load_probe(out / "linear@1+2")
     assert (mixed.layers, mixed.shape.n_layers) == ((1, 2), 2)
     batch = next(bank.source([1, 2]).read([SPLIT.test]))
-    assert mixed.predict_batch(batch).shape == (25, 4)
+    assert mixed.predict_batch(batch).shape == (24, 4)
     with pytest.raises(TrialError, match=r"found no layer 1, 2 in the batch, expected layer 1\+2"):
         mixed.predict_proba(tokens)
     # A probe of one layer takes it from a batch of several.

@@ -267,7 +267,7 @@ def test_a_run_leaves_results_probes_and_predictions_that_agree(tmp_path: Path) 
         (probe, part, metric)
         for probe in probes
         for part in ("valid", "test")
-        for metric in ("map_macro", "map_micro", "auroc_macro")
+        for metric in ("map_macro", "map_micro", "auroc_macro", "d_prime", "lwlrap")
     ]
     for row in results["scores"]:
         assert set(row) == {
@@ -276,10 +276,9 @@ def test_a_run_leaves_results_probes_and_predictions_that_agree(tmp_path: Path) 
         assert row["ci95"][0] < row["mean"] < row["ci95"][1]
         assert row["std"] > 0
         assert (row["n_seeds"], row["n_clips"]) == (2, 49 if row["split"] == "valid" else 50)
-    found = sorted(path.name for path in out.iterdir())
-    assert found == sorted(
-        [".lock", *probes, "results.json", "run.json", "search.journal", "test-scored.jsonl"]
-    )
+    own = [".lock", "run.json", "search.journal", "test-scored.jsonl"]
+    files = ["resamples.parquet", "results.json", "test-clips.parquet"]
+    assert sorted(path.name for path in out.iterdir()) == sorted([*own, *files, *probes])
 
 
 def test_the_saved_probe_gives_the_predictions_and_they_the_scores(tmp_path: Path) -> None:
@@ -325,7 +324,7 @@ def test_the_saved_probe_is_the_best_seed_on_validation_data(tmp_path: Path) -> 
 
 def test_folds_predict_every_clip_out_of_fold_and_deviate_over_folds(tmp_path: Path) -> None:
     tokens, targets = needle_tokens(90, multi_label=False)
-    bank = NeedleBank(clip_table(90, fold=[clip % 3 for clip in range(90)]), tokens)
+    bank = NeedleBank(clip_table(90, fold=[clip // 2 % 3 for clip in range(90)]), tokens)
     labels = write_labels(tmp_path, bank, targets)
     stages: list[str] = []
     results = run_training(
@@ -343,7 +342,9 @@ def test_folds_predict_every_clip_out_of_fold_and_deviate_over_folds(tmp_path: P
     assert results["primary_metric"] == "accuracy"
     assert results["layers"] == [1]
     test = [row for row in results["scores"] if row["split"] == "test"]
-    assert [row["metric"] for row in test] == ["accuracy", "map_macro", "map_micro", "auroc_macro"]
+    assert [row["metric"] for row in test] == [
+        "accuracy", "balanced_accuracy", "map_macro", "map_micro", "auroc_macro", "d_prime"
+    ]  # fmt: skip
     assert {row["n_clips"] for row in test} == {90}
     assert list(dict.fromkeys(stages)) == [
         f"fold={fold} {stage}" for fold in range(3) for stage in ("search", "final")
@@ -362,7 +363,7 @@ def test_the_table_fits_80_columns_and_prints_what_is_left_out(tmp_path: Path) -
     results = run_training(bank, labels, tmp_path, probes=["linear", "protobin"], settings=TINY)
     assert results["left_out"] == [
         {"fold": "split", "split": "test", "metric": metric, "n_classes": 1, "classes": ["class3"]}
-        for metric in ("map_macro", "auroc_macro")
+        for metric in ("map_macro", "auroc_macro", "d_prime")
     ]
     console = Console(width=80, file=io.StringIO(), record=True)
     console.print(format_scores(results))
@@ -371,7 +372,7 @@ def test_the_table_fits_80_columns_and_prints_what_is_left_out(tmp_path: Path) -
     words = re.sub(r"\s+", " ", text)
     assert "50 test clips, 2 seeds, ± over seeds; 1 failed clips left out" in words
     assert "1 labelled clips in no split" in words
-    assert "map_macro without 1 of 4 classes; auroc_macro without 1 of 4 classes" in words
+    assert "map_macro, auroc_macro, d_prime without 1 of 4 classes" in words
     [row] = [
         row
         for row in results["scores"]
@@ -411,6 +412,7 @@ def test_rows_that_train_hold_no_sound_of_a_clip_that_selects_or_tests(tmp_path:
     clips = clip_table(
         len(rows),
         clip_id=[name for name, _, _ in rows],
+        path=[f"{name}.wav" for name, _, _ in rows],
         view=[view for _, view, _ in rows],
         mix_sources=[mixed for _, _, mixed in rows],
         status=status,

@@ -38,7 +38,7 @@ def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clips, kinds, pitches = ["path,split"], ["path,labels"], ["path,labels"]
     for index in range(20):
         pitch = (300, 1_200)[index % 2]
-        tone = np.sin(2 * np.pi * pitch * time_s)
+        tone = np.sin(2 * np.pi * pitch * time_s + index)
         noise = random.normal(size=len(time_s))
         waveform = 0.1 * (tone if index % 4 < 2 else noise + tone)
         soundfile.write(folder / f"{index}.wav", waveform, 16_000)
@@ -71,7 +71,8 @@ def test_one_line_trains_layers_label_tables_and_options(
     for table in ("kinds", "pitches"):
         results = json.loads((run / table / "results.json").read_text())
         assert set(results["probes"]) == names
-        assert {path.name for path in (run / table).iterdir()} == names | {"results.json"}
+        files = {"results.json", "test-clips.parquet", "resamples.parquet"}
+        assert {path.name for path in (run / table).iterdir()} == names | files
         mixed = results["probes"]["linear@1+2+3+4"]
         assert mixed["n_parameters"] == results["probes"]["linear@4"]["n_parameters"] + 4
         assert mixed["search"][0]["weight_decay"] > 0
