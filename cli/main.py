@@ -8,7 +8,18 @@ from collections.abc import Sequence
 
 import typer
 
-from patchbank.cli import bank, check, demo, encoders, extract, predict, probes, train, worker
+from patchbank.cli import (
+    bank,
+    check,
+    demo,
+    encoders,
+    export,
+    extract,
+    predict,
+    probes,
+    train,
+    worker,
+)
 from patchbank.pipeline.errors import PatchbankError
 
 app = typer.Typer(
@@ -25,6 +36,7 @@ app.command("extract")(extract.extract)
 app.command("worker")(worker.worker)
 app.command("train-probe")(train.train_probe)
 app.command("predict")(predict.predict)
+app.command("export")(export.export)
 app.command("encoders")(encoders.encoders)
 app.command("check")(check.check)
 app.command("probes")(probes.probes)
