@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from patchbank.cli.bars import phase
 from patchbank.cli.choices import ExportBatch
 from patchbank.cli.encoder_options import Weights
 from patchbank.pipeline.errors import TrialError
@@ -54,14 +54,9 @@ def export(
     artefact = load_probe(folder, plugin)
     if plugin is not None and not artefact.plugin:
         raise TrialError(f"the probe in {folder} is built by no file; leave --plugin out")
-    stream = open_stream(artefact, weights=weights, encoder=encoder, device="cpu")
-    check = write_program(
-        artefact,
-        stream,
-        out,
-        any_batch=batch is ExportBatch.dynamic,
-        say=lambda line: print(line, file=sys.stderr),
-    )
+    with phase("load the encoder"):
+        stream = open_stream(artefact, weights=weights, encoder=encoder, device="cpu")
+    check = write_program(artefact, stream, out, any_batch=batch is ExportBatch.dynamic)
     rate = stream.encoder.spec.sample_rate_hz
     n_samples, n_classes = stream.window.n_samples(rate), len(artefact.classes)
     if json_output:

@@ -9,7 +9,7 @@ import json
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from patchbank.cli.bars import phase
 from patchbank.cli.predict import batch_of
 from patchbank.pipeline.bank.dtypes import STORED_TYPES, prefix_type
 from patchbank.pipeline.encoders.base import Encoder, TokenMap
@@ -110,12 +111,7 @@ class ExportCheck:
 
 @torch.no_grad()
 def write_program(
-    artefact: ProbeArtefact,
-    stream: TokenStream,
-    out: Path,
-    *,
-    any_batch: bool,
-    say: Callable[[str], None] = lambda line: None,
+    artefact: ProbeArtefact, stream: TokenStream, out: Path, *, any_batch: bool
 ) -> ExportCheck:
     """Writes `out` where the program, loaded again, gives what `predict` gives.
 
@@ -123,14 +119,14 @@ def write_program(
     or probe cannot be exported, or where the program differs: then an older file stays as it is.
     """
     model = ExportableModel(artefact, stream).eval()
-    say("tracing front end, encoder and probe ...")
-    program = traced(model, any_batch=any_batch)
+    with phase("trace front end, encoder and probe"):
+        program = traced(model, any_batch=any_batch)
     draft = out.with_name(f".{out.stem}.draft.pt2")
     try:
         save_program(program, draft, metadata(artefact, stream))
-        say("comparing the program with predict ...")
-        written, _ = load_program(draft)
-        check = compared(written, artefact, stream, (1, 3) if any_batch else (1,))
+        with phase("compare the program with predict"):
+            written, _ = load_program(draft)
+            check = compared(written, artefact, stream, (1, 3) if any_batch else (1,))
         if not check.largest_difference <= check.bound:
             raise EncoderError(
                 f"the exported program differs from predict by {check.largest_difference:.1e}, "

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from patchbank.cli.bars import progress_lines
 from patchbank.cli.choices import Loss, TaskKind, Tier
-
-if TYPE_CHECKING:
-    from rich.progress import TaskID
-
-    from patchbank.probing.training import Progress as TrainingProgress
-    from patchbank.probing.training import Validated
 
 
 def train_probe(
@@ -168,33 +161,6 @@ def train_probe(
     for name, found in (results if len(tables) > 1 else {"": results}).items():
         print_table(format_scores(found, f"Test scores: {name}" if name else "Test scores"))
         print(f"{out / name}: results.json, one folder a probe")
-
-
-@contextmanager
-def progress_lines() -> Iterator[Callable[[TrainingProgress | Validated], None]]:
-    """Bars on stderr, one a stage: epochs, time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from patchbank.probing.training import Validated
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("epoch {task.completed:.0f}/{task.total:.0f}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def show(state: TrainingProgress | Validated) -> None:
-            if isinstance(state, Validated):
-                return
-            if state.stage not in tasks:
-                tasks[state.stage] = bar.add_task(state.stage, total=state.n_epochs)
-            bar.update(tasks[state.stage], completed=state.epoch)
-
-        yield show
 
 
 def print_table(table: object) -> None:
