@@ -92,6 +92,13 @@ def train_probe(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another run that is in --out.")
     ] = False,
+    log_to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="tensorboard[:DIR]",
+            help="Write losses and scores of every trial. [default DIR: OUT/tensorboard]",
+        ),
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print results.json.")] = False,
 ) -> None:
     """Train probes from a bank alone: no encoder, no audio.
@@ -102,6 +109,7 @@ def train_probe(
     """
     import json
 
+    from patchbank.cli.training_log import both, open_log
     from patchbank.pipeline.bank import open_bank
     from patchbank.probing.atomic import write_text
     from patchbank.probing.results import format_scores
@@ -135,7 +143,7 @@ def train_probe(
         raise typer.BadParameter("give a table of labels: --labels LABELS.csv")
     opened, tables = open_bank(bank), list(dict.fromkeys(options.labels))
     entries, chosen = options.entries(opened.layers)
-    with progress_lines() as progress:
+    with open_log(log_to, out) as log, progress_lines() as progress:
         results = run_training(
             opened,
             tables,
@@ -151,9 +159,12 @@ def train_probe(
             use_views=not options.no_views,
             tier=options.tier,
             overwrite=overwrite,
-            progress=progress,
+            progress=both(progress, log),
             say=lambda line: print(line, file=sys.stderr),
         )
+        if log is not None:
+            for name, found in (results if len(tables) > 1 else {"": results}).items():
+                log.conclude(found, name)
     write_text(out / "settings.toml", options.to_toml())
     if json_output:
         print(json.dumps(results))
