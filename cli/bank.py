@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from patchbank.cli import convert
-from patchbank.cli.bars import byte_bar
+from patchbank.cli.bars import byte_bar, phase
 from patchbank.cli.encoder_options import Weights
 from patchbank.pipeline.errors import (
     BankCorrupt,
@@ -64,7 +64,8 @@ def verify(
         problems = verify_bank(bank, quick=quick, progress=progress)
     golden: Facts = {}
     if encoder is not None and not problems:
-        disagreements, golden = golden_problems(bank, encoder, weights, device)
+        with phase("encode the golden clip"):
+            disagreements, golden = golden_problems(bank, encoder, weights, device)
         if disagreements:
             if json_output:
                 print(json.dumps({"bank": str(bank), "quick": quick, "problems": disagreements}))
@@ -125,7 +126,8 @@ def show(bank: BankPath, json_output: AsJson = False) -> None:
     from patchbank.cli.bank_facts import bank_facts, print_fact, readable_facts
     from patchbank.pipeline.bank import open_bank
 
-    facts = bank_facts(open_bank(bank))
+    with phase("read"):
+        facts = bank_facts(open_bank(bank))
     if json_output:
         print(json.dumps(facts))
         return
@@ -143,7 +145,8 @@ def list_banks(
 
     if not folder.is_dir():
         raise PatchbankError(f"no folder {folder}; name the folder that holds the banks")
-    rows = [facts for path in sorted(folder.iterdir()) if (facts := summary(path)) is not None]
+    with phase("read"):
+        rows = [facts for path in sorted(folder.iterdir()) if (facts := summary(path)) is not None]
     if json_output:
         print(json.dumps(rows))
         return
@@ -241,7 +244,8 @@ def remove(
     # Renamed first: a removal that is cut short leaves nothing that looks like a bank.
     doomed = bank.absolute().with_name(f".{bank.absolute().name}.{uuid.uuid4().hex}")
     bank.absolute().rename(doomed)
-    shutil.rmtree(doomed)
+    with phase("remove"):
+        shutil.rmtree(doomed)
     print(f"removed {bank}")
 
 

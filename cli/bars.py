@@ -1,82 +1,358 @@
-"""Progress bars on stderr, which appear with the first step and leave no trace without one."""
+"""Progress on stderr: a bar on a terminal, plain lines where stderr is a file or a pipe.
+
+Everything that may take over two seconds goes through `Bar`. A step only notes two numbers; what
+is drawn, and when, a thread of the bar decides, so that no loop is slower for being watched.
+"""
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from rich.progress import ProgressColumn
+    from rich.progress import Progress as RichProgress
+    from rich.progress import TaskID
 
     from patchbank.pipeline.extraction import Progress as ExtractionProgress
+    from patchbank.probing.training import Progress as TrainingProgress
+    from patchbank.probing.training import Validated
+
+TICK_S = 0.1
+FIRST_DRAWN_S = 0.5
+"""A bar appears with its first step, or after this: quick work leaves no trace."""
+FIRST_LINE_S = 2.0
+LINE_S, LINE_SHARE = 10.0, 0.1
+LEAST_SHARE = 0.01
+LONGEST_SILENCE_S = 60.0
+SPEED_S = 300.0
+"""A batch of a large encoder on a CPU may take a minute: speed is that of the last five."""
+Step = Callable[[int, int], None]
+"""Takes how much is done, and of how much."""
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """Where progress goes."""
+
+    def isatty(self) -> bool: ...
+    def write(self, text: str, /) -> int: ...
+    def flush(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is counted."""
+
+    name: str
+    has_speed: bool = False
+    is_bytes: bool = False
+
+    def amount(self, completed: float, total: float) -> str:
+        """How much of how much."""
+        if self.is_bytes:
+            return f"{self._number(completed)} of {self._number(total)}"
+        return f"{self._number(completed)}/{self._number(total)} {self.name}"
+
+    def speed(self, per_s: float) -> str:
+        """How much a second."""
+        if self.is_bytes:
+            return f"{self._number(per_s)}/s"
+        return f"{per_s:,.{0 if per_s > 9 else 1}f} {self.name}/s"
+
+    def _number(self, value: float) -> str:
+        from patchbank.pipeline.specs import human_bytes
+
+        return human_bytes(int(value)) if self.is_bytes else f"{int(value):,}"
+
+
+CLIPS = Unit("clips", has_speed=True)
+EPOCHS = Unit("epochs")
+BYTES = Unit("bytes", has_speed=True, is_bytes=True)
+
+
+@dataclass
+class Pace:
+    """When a plain line is due: after 2 s, then every 10 s or tenth of the work.
+
+    A line every 10 s tells of at least 1 % more; one a minute comes in any case.
+    """
+
+    _last_s: float | None = None
+    _last_share: float = 0.0
+
+    def is_due(self, elapsed_s: float, share: float) -> bool:
+        """Whether a line is to be written now; it then counts as written."""
+        if self._last_s is None:
+            due = elapsed_s >= FIRST_LINE_S
+        else:
+            since_s, more = elapsed_s - self._last_s, share - self._last_share
+            due = (
+                since_s >= LONGEST_SILENCE_S
+                or (since_s >= LINE_S and more >= LEAST_SHARE)
+                or (since_s >= FIRST_LINE_S and more >= LINE_SHARE)
+            )
+        if due:
+            self._last_s, self._last_share = elapsed_s, share
+        return due
+
+
+@dataclass
+class State:
+    """How far some work is, as text."""
+
+    title: str
+    unit: Unit
+    began_s: float
+    completed: float = 0.0
+    total: float | None = None
+    note: str = ""
+    _samples: deque[tuple[float, float]] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        if not self.unit.has_speed:
+            # Of clips and bytes the first ones come late, and say nothing of the others.
+            self._samples.append((self.began_s, 0.0))
+
+    @property
+    def share(self) -> float:
+        """Of the work that is done; 0 where nobody knows how much there is."""
+        return self.completed / self.total if self.total else 0.0
+
+    def sample(self, now_s: float) -> None:
+        """Notes how far it is, for the speed."""
+        if self.total is None or (self._samples and self._samples[-1][1] == self.completed):
+            return
+        self._samples.append((now_s, self.completed))
+        while now_s - self._samples[0][0] > SPEED_S:
+            self._samples.popleft()
+
+    @property
+    def per_s(self) -> float | None:
+        """The speed; None until two steps have been seen."""
+        if len(self._samples) < 2:
+            return None
+        (first_s, first), (last_s, last) = self._samples[0], self._samples[-1]
+        return (last - first) / (last_s - first_s) if last > first else None
+
+    def text(self, now_s: float) -> str:
+        """Amount, speed, the time left."""
+        if self.total is None:
+            return ", ".join(filter(None, [self.note, f"{clock(now_s - self.began_s)} so far"]))
+        parts, per_s = [self.unit.amount(self.completed, self.total)], self.per_s
+        if per_s and self.unit.has_speed:
+            parts.append(self.unit.speed(per_s))
+        if per_s and self.completed < self.total:
+            parts.append(f"{clock((self.total - self.completed) / per_s)} left")
+        return ", ".join(filter(None, [*parts, self.note]))
+
+    def last_text(self, now_s: float, *, is_whole: bool) -> str:
+        """What is said at the end, or where the work was broken off."""
+        took = clock(now_s - self.began_s)
+        end = f"in {took}" if is_whole else f"stopped after {took}"
+        if self.total is None:
+            return f"done {end}" if is_whole else end
+        amount = self.unit.amount(self.completed, self.total)
+        return f"{amount} {end}" if is_whole else f"{amount}, {end}"
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds, with hours where there are any: 0:45, 12:03, 1:02:03."""
+    minutes, whole_s = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{whole_s:02}" if hours else f"{minutes}:{whole_s:02}"
+
+
+class Bar:
+    """The progress of some work; a context manager, one at a time.
+
+    Where it took no step and was quick, nothing of it is seen. `vanishes`: at its end nothing is
+    left of it on a terminal, and of quick work nothing is written. `began_s` is by
+    `time.monotonic`.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        unit: Unit = CLIPS,
+        *,
+        vanishes: bool = False,
+        began_s: float | None = None,
+    ) -> None:
+        self.state = State(title, unit, time.monotonic() if began_s is None else began_s)
+        stream = sys.stderr
+        self._display: _Terminal | _Lines = (
+            _Terminal(self.state, vanishes=vanishes)
+            if is_terminal(stream)
+            else _Lines(self.state, stream, tells_end=not vanishes)
+        )
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="progress", daemon=True)
+
+    def step(self, completed: float, total: float, note: str = "") -> None:
+        """So much is done."""
+        self.state.completed, self.state.total, self.state.note = completed, total, note
+
+    def _watch(self) -> None:
+        while not self._ended.wait(TICK_S):
+            self.state.sample(time.monotonic())
+            self._display.tick(time.monotonic())
+
+    def __enter__(self) -> Bar:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._display.end(time.monotonic(), is_whole=kind is None)
+
+
+def is_terminal(stream: Stream) -> bool:
+    """Whether a stream can draw: a terminal that knows how to move back."""
+    return stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+
+
+class _Lines:
+    """Lines without any control character."""
+
+    def __init__(self, state: State, stream: Stream, *, tells_end: bool) -> None:
+        self._state, self._stream, self._pace = state, stream, Pace()
+        self._tells_end, self._has_written = tells_end, False
+
+    def tick(self, now_s: float) -> None:
+        if self._pace.is_due(now_s - self._state.began_s, self._state.share):
+            self._write(self._state.text(now_s))
+
+    def end(self, now_s: float, *, is_whole: bool) -> None:
+        if self._has_written or (self._tells_end and self._state.total is not None):
+            self._write(self._state.last_text(now_s, is_whole=is_whole))
+
+    def _write(self, text: str) -> None:
+        self._has_written = True
+        # One call: lines of other threads stay whole.
+        self._stream.write(f"{self._state.title.strip()}: {text}\n")
+        self._stream.flush()
+
+
+class _Terminal:
+    """A bar that is drawn again and again."""
+
+    def __init__(self, state: State, *, vanishes: bool) -> None:
+        self._state, self._vanishes = state, vanishes
+        self._rich: tuple[RichProgress, TaskID] | None = None
+
+    def tick(self, now_s: float) -> None:
+        state = self._state
+        if self._rich is None and state.total is None and now_s - state.began_s < FIRST_DRAWN_S:
+            return
+        self._draw(state.text(now_s))
+
+    def end(self, now_s: float, *, is_whole: bool) -> None:
+        state = self._state
+        if self._rich is None and state.total is None:
+            return
+        self._draw(state.last_text(now_s, is_whole=is_whole))
+        assert self._rich is not None
+        bar, _ = self._rich
+        bar.live.transient = self._vanishes or state.total is None
+        bar.stop()
+
+    def _draw(self, text: str) -> None:
+        if self._rich is None:
+            self._rich = self._begun(text)
+        bar, task = self._rich
+        state = self._state
+        bar.update(
+            task, completed=state.completed, total=state.total, text=text, description=state.title
+        )
+        bar.refresh()
+
+    def _begun(self, text: str) -> tuple[RichProgress, TaskID]:
+        from rich.console import Console
+        from rich.markup import escape
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[text]}", markup=False),
+        )
+        bar = Progress(*columns, console=Console(stderr=True), auto_refresh=False)
+        task = bar.add_task(escape(self._state.title), total=None, text=text)
+        bar.start()
+        return bar, task
 
 
 @contextmanager
-def _bar(title: str, *columns: ProgressColumn, **fields: Any) -> Iterator[Callable[..., None]]:
-    """Gives what draws a step: `completed`, `total`, and the fields that the columns print."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    first = (TextColumn("{task.description}"), BarColumn(bar_width=24))
-    # A batch of a large encoder on a CPU may take a minute: speed is that of the last five.
-    bar = Progress(*first, *columns, console=Console(stderr=True), speed_estimate_period=300)
-    task = bar.add_task(title, total=None, **fields)
-
-    def show(*, completed: float, total: float, **more: Callable[[float | None], str]) -> None:
-        speed = bar.tasks[task].finished_speed or bar.tasks[task].speed
-        texts: dict[str, Any] = {name: text(speed) for name, text in more.items()}
-        bar.update(task, completed=completed, total=total, **texts)
-        if not bar.live.is_started:
-            bar.start()
-
-    try:
-        yield show
-    finally:
-        if bar.live.is_started:
-            bar.stop()
+def phase(title: str) -> Iterator[None]:
+    """Work of unknown length: seen where it takes longer than a moment."""
+    with Bar(title):
+        yield
 
 
 @contextmanager
-def byte_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+def count_bar(title: str, unit: str, *, vanishes: bool = False) -> Iterator[Step]:
+    """Things that are counted, such as files, and the time left."""
+    with Bar(title, Unit(unit), vanishes=vanishes) as bar:
+        yield bar.step
+
+
+@contextmanager
+def byte_bar(title: str) -> Iterator[Step]:
     """Bytes, speed and the time left."""
-    from rich.progress import DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (DownloadColumn(binary_units=True), TransferSpeedColumn(), TimeRemainingColumn())
-    with _bar(title, *columns) as show:
-        yield lambda n_read, n_bytes: show(completed=n_read, total=n_bytes)
-
-
-@contextmanager
-def shard_bar(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Shards and the time left."""
-    from rich.progress import TextColumn, TimeRemainingColumn
-
-    count = TextColumn("{task.completed:.0f}/{task.total:.0f} shards")
-    with _bar(title, count, TimeRemainingColumn()) as show:
-        yield lambda n_done, n_shards: show(completed=n_done, total=n_shards)
+    with Bar(title, BYTES) as bar:
+        yield bar.step
 
 
 @contextmanager
 def clip_bar(title: str) -> Iterator[Callable[[ExtractionProgress], None]]:
-    """Clips, clips a second, failures and the time left."""
-    from rich.progress import TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.completed:.0f}/{task.total:.0f} clips"),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[failed]}{task.fields[workers]}"),
-    )
-    with _bar(title, *columns, rate="", failed="", workers="") as show:
+    """Clips, clips a second, the time left and failures."""
+    with Bar(title, CLIPS) as bar:
 
         def step(state: ExtractionProgress) -> None:
-            show(
-                completed=state.n_encoded,
-                total=state.n_clips,
-                rate=lambda speed: f"{speed:.{0 if speed > 9 else 1}f} clips/s" if speed else "",
-                failed=lambda _: f"{state.n_failed} failed " if state.n_failed else "",
-                workers=lambda _: f"{state.n_workers} workers" if state.n_workers > 1 else "",
-            )
+            notes = [
+                f"{state.n_failed} failed" if state.n_failed else "",
+                f"{state.n_workers} workers" if state.n_workers > 1 else "",
+                state.doing,
+            ]
+            bar.step(state.n_encoded, state.n_clips, ", ".join(filter(None, notes)))
 
         yield step
+
+
+@contextmanager
+def progress_lines() -> Iterator[Callable[[TrainingProgress | Validated], None]]:
+    """A bar for each stage of training, one after the other: epochs, the time left."""
+    from patchbank.probing.training import Validated
+
+    with ExitStack() as stack:
+        current = stack.enter_context(Bar("train", EPOCHS, vanishes=True))
+        scored_s = current.state.began_s
+
+        def show(state: TrainingProgress | Validated) -> None:
+            nonlocal current, scored_s
+            if isinstance(state, Validated):
+                scored_s = time.monotonic()
+                return
+            if state.stage != current.state.title:
+                stack.close()
+                # A stage is heard of after its first epoch, and begins where the last one ended.
+                bar = Bar(state.stage, EPOCHS, vanishes=True, began_s=scored_s)
+                current = stack.enter_context(bar)
+            is_last = state.epoch == state.n_epochs
+            current.step(state.epoch, state.n_epochs, "scoring" if is_last else "")
+
+        yield show

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from patchbank.cli.bars import Step, count_bar
 from patchbank.cli.encoder_options import FrontEndConstants, Preset, Weights, parse_constants
 from patchbank.pipeline.errors import EncoderError, TrialError
 
@@ -50,20 +51,21 @@ def check(
         return
 
     from patchbank.pipeline.encoders import load_encoder
-    from patchbank.pipeline.encoders.checks import ANOTHER_WINDOW
+    from patchbank.pipeline.encoders.checks import ANOTHER_WINDOW, CHECKS
     from patchbank.pipeline.encoders.contract import check_encoder
     from patchbank.pipeline.environment import choose_device
 
     chosen, constants = choose_device(device), parse_constants(frontend)
-    results = check_encoder(
-        lambda: load_encoder(
-            reference, weights=weights, device=chosen, preset=preset, frontend=constants
-        ),
-        reference=reference,
-        window_s=window_s,
-        device=chosen,
-        report=report,
-    )
+    with count_bar("check", "checks") as progress:
+        results = check_encoder(
+            lambda: load_encoder(
+                reference, weights=weights, device=chosen, preset=preset, frontend=constants
+            ),
+            reference=reference,
+            window_s=window_s,
+            device=chosen,
+            report=counted(report, progress, len(CHECKS)),
+        )
     refused = [result.found for result in results if result.hint == ANOTHER_WINDOW]
     blame = f"{refused[0]}; this says nothing of {reference}: {ANOTHER_WINDOW}" if refused else ""
     _conclude("encoder", reference, results, blame=blame, json_output=json_output)
@@ -84,6 +86,22 @@ def is_probe(reference: str) -> bool:
     from patchbank.probing.probes.installed import installed_probes
 
     return reference in PROBES or reference in dict(installed_probes())
+
+
+def counted(
+    report: Callable[[AnyResult], None] | None, progress: Step, n_checks: int
+) -> Callable[[AnyResult], None]:
+    """`report` that also counts the results."""
+    n_done = 0
+
+    def told(result: AnyResult) -> None:
+        nonlocal n_done
+        n_done += 1
+        progress(n_done, n_checks)
+        if report is not None:
+            report(result)
+
+    return told
 
 
 def _names_of(path: Path) -> set[str]:
@@ -107,10 +125,12 @@ def _names_of(path: Path) -> set[str]:
 
 def _try_probe(reference: str, report: Callable[[AnyResult], None] | None) -> tuple[AnyResult, ...]:
     from patchbank.probing.probes import find_build
+    from patchbank.probing.probes.checks import CHECKS
     from patchbank.probing.probes.contract import check_probe
 
     name, build = find_build(reference)
-    return check_probe(build, name=name, report=report)
+    with count_bar("check", "checks") as progress:
+        return check_probe(build, name=name, report=counted(report, progress, len(CHECKS)))
 
 
 def _conclude(

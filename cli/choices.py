@@ -63,3 +63,10 @@ class Tier(Enum):
     map = "map"
     read = "read"
     direct = "direct"
+
+
+class ExportBatch(Enum):
+    """Clips that an exported program takes at once."""
+
+    dynamic = "dynamic"
+    one = "1"

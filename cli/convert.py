@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from patchbank.cli.bars import shard_bar
+from patchbank.cli.bars import count_bar, phase, progress_lines
 from patchbank.cli.choices import StoredDType
 from patchbank.cli.extract import parse_layers
 from patchbank.pipeline.errors import PatchbankError
@@ -33,8 +33,9 @@ def merge(
 
     if len(banks) < 2:
         raise typer.BadParameter("name at least two banks")
-    opened = [open_bank(path) for path in banks]
-    with shard_bar("merge") as progress:
+    with phase("open"):
+        opened = [open_bank(path) for path in banks]
+    with count_bar("merge", "shards") as progress:
         if compact or len({bank.schema.rows_per_shard for bank in opened}) > 1:
             from patchbank.pipeline.rebuild import rebuild_bank
 
@@ -80,15 +81,19 @@ def convert(
     """Make another bank of a bank: other type, fewer layers or clips, no holes."""
     from patchbank.pipeline.bank import open_bank
 
-    source = open_bank(bank)
-    rows = chosen_rows(source, split or [], clips)
+    with phase("open"):
+        source = open_bank(bank)
+        rows = chosen_rows(source, split or [], clips)
     if measure is not None and archive:
         raise typer.BadParameter("--measure trains on the new bank, which an archive is not for")
     if measure is not None and rows is not None:
         raise typer.BadParameter("--measure compares banks of the same clips: no --split, --clips")
     if measure is not None:
-        check_measurable(source, measure, splits=splits, folds=folds, allow_leakage=allow_leakage)
-    with shard_bar("convert") as progress:
+        with phase("read labels"):
+            check_measurable(
+                source, measure, splits=splits, folds=folds, allow_leakage=allow_leakage
+            )
+    with count_bar("convert", "shards") as progress:
         made = converted(
             source,
             out,
@@ -246,7 +251,6 @@ def note_change(
 ) -> None:
     """Trains probes on both banks, prints what changes and keeps it in the new bank's notes."""
     from patchbank.cli.bank_facts import readable_measurements
-    from patchbank.cli.train import progress_lines
     from patchbank.probing.measure import measure_change, read_measurements, write_measurement
     from patchbank.probing.settings import TrainSettings
 

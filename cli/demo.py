@@ -32,6 +32,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the scenes.")] = 0,
 ) -> None:
     """Synthesise scenes, extract, train linear, attentive and prototypical probes, report."""
+    from patchbank.cli.bars import count_bar
     from patchbank.cli.train import print_table
     from patchbank.pipeline.scenes import write_scenes
 
@@ -39,7 +40,15 @@ def demo(
     n_train, n_valid, n_test = (48, 24, 24) if quick else (600, 200, 300)
     print(f"1. {n_train + n_valid + n_test} polyphonic scenes of 5 s -> {out / 'scenes'}")
     scenes = out / "scenes"
-    write_scenes(scenes, n_train=n_train, n_valid=n_valid, n_test=n_test, seed=seed)
+    with count_bar("   scenes", "scenes") as progress:
+        write_scenes(
+            scenes,
+            n_train=n_train,
+            n_valid=n_valid,
+            n_test=n_test,
+            seed=seed,
+            progress=progress,
+        )
     print("2. extract: a frozen encoder runs once, every patch token is kept")
     results = {name: _extract_and_train(out, name, quick=quick) for name in ROWS}
     print_table(score_table(results))
@@ -49,8 +58,7 @@ def demo(
 
 
 def _extract_and_train(out: Path, name: str, *, quick: bool) -> dict[str, Any]:
-    from patchbank.cli.bars import clip_bar
-    from patchbank.cli.train import progress_lines
+    from patchbank.cli.bars import clip_bar, progress_lines
     from patchbank.pipeline.extraction import ExtractionSettings, extract
     from patchbank.pipeline.specs import WindowSpec
     from patchbank.probing.run import run_training

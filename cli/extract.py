@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from patchbank.cli.bars import clip_bar
+from patchbank.cli.bars import clip_bar, count_bar, phase
 from patchbank.cli.choices import Compute, DecodeIn, Pad, StoredDType
 from patchbank.cli.encoder_options import FrontEndConstants, Preset, Weights, parse_constants
 from patchbank.cli.extract_report import print_bank, print_plan, write_labels
@@ -126,9 +126,16 @@ def extract(
         frontend=parse_constants(frontend),
     )
     keep_freed_memory()
-    extraction = prepare(
-        clips, encoder=encoder, out=out, weights=weights, audio_root=audio_root, settings=settings
-    )
+    with count_bar("prepare", "recordings", vanishes=True) as headers:
+        extraction = prepare(
+            clips,
+            encoder=encoder,
+            out=out,
+            weights=weights,
+            audio_root=audio_root,
+            settings=settings,
+            progress=headers,
+        )
     if dry_run:
         forecast = None
         if measure:
@@ -154,7 +161,8 @@ def extract(
         found = profile_of(reports)
         if found.n_clips:
             write_profile(bank.path, found)
-    labels = write_labels(extraction.table, out)
+    with phase("write labels"):
+        labels = write_labels(extraction.table, out)
     print_bank(bank, labels=labels, profile=found, as_json=json_output)
 
 

@@ -14,6 +14,7 @@ from patchbank.cli import (
     compare,
     demo,
     encoders,
+    export,
     extract,
     predict,
     probes,
@@ -37,6 +38,7 @@ app.command("worker")(worker.worker)
 app.command("train-probe")(train.train_probe)
 app.command("compare")(compare.compare)
 app.command("predict")(predict.predict)
+app.command("export")(export.export)
 app.command("encoders")(encoders.encoders)
 app.command("check")(check.check)
 app.command("probes")(probes.probes)

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from patchbank.cli.bars import progress_lines
 from patchbank.cli.choices import Loss, TaskKind, Tier
-
-if TYPE_CHECKING:
-    from rich.progress import TaskID
-
-    from patchbank.probing.training import Progress as TrainingProgress
-    from patchbank.probing.training import Validated
 
 
 def train_probe(
@@ -109,6 +102,13 @@ def train_probe(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another run that is in --out.")
     ] = False,
+    log_to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="tensorboard[:DIR]",
+            help="Write losses and scores of every trial. [default DIR: OUT/tensorboard]",
+        ),
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print results.json.")] = False,
 ) -> None:
     """Train probes from a bank alone: no encoder, no audio.
@@ -119,6 +119,7 @@ def train_probe(
     """
     import json
 
+    from patchbank.cli.training_log import both, open_log
     from patchbank.pipeline.bank import open_bank
     from patchbank.probing.atomic import write_text
     from patchbank.probing.results import format_comparisons, format_scores
@@ -154,7 +155,7 @@ def train_probe(
         raise typer.BadParameter("give a table of labels: --labels LABELS.csv")
     opened, tables = open_bank(bank), list(dict.fromkeys(options.labels))
     entries, chosen = options.entries(opened.layers)
-    with progress_lines() as progress:
+    with open_log(log_to, out) as log, progress_lines() as progress:
         results = run_training(
             opened,
             tables,
@@ -172,9 +173,12 @@ def train_probe(
             allow_leakage=options.allow_leakage,
             tier=options.tier,
             overwrite=overwrite,
-            progress=progress,
+            progress=both(progress, log),
             say=lambda line: print(line, file=sys.stderr),
         )
+        if log is not None:
+            for name, found in (results if len(tables) > 1 else {"": results}).items():
+                log.conclude(found, name)
     write_text(out / "settings.toml", options.to_toml())
     if json_output:
         print(json.dumps(results))
@@ -184,33 +188,6 @@ def train_probe(
         if found["comparisons"]:
             print_table(format_comparisons(found))
         print(f"{out / name}: results.json, one folder a probe")
-
-
-@contextmanager
-def progress_lines() -> Iterator[Callable[[TrainingProgress | Validated], None]]:
-    """Bars on stderr, one a stage: epochs, time left."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from patchbank.probing.training import Validated
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("epoch {task.completed:.0f}/{task.total:.0f}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        tasks: dict[str, TaskID] = {}
-
-        def show(state: TrainingProgress | Validated) -> None:
-            if isinstance(state, Validated):
-                return
-            if state.stage not in tasks:
-                tasks[state.stage] = bar.add_task(state.stage, total=state.n_epochs)
-            bar.update(tasks[state.stage], completed=state.epoch)
-
-        yield show
 
 
 def print_table(table: object) -> None:

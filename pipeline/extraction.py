@@ -5,7 +5,7 @@ A longer table over a sealed bank makes it grow: only the clips that are new are
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,14 +97,18 @@ def _advance(extraction: Extraction, progress: Callable[[Progress], None] | None
         begin_growth(extraction.grows, extraction.plan.schema, _grown_attributes(extraction))
         check_same_growth(extraction)
     has_golden = extraction.grows is not None or (folder / "commits/golden.json").is_file()
+    state, tell = Progress(_n_missing(extraction)), progress or (lambda state: None)
     if extraction.plan.missing_shards or not has_golden:
+        tell(replace(state, doing="starting"))
         with open_workers(extraction.job, extraction.workplace) as workers:
             if extraction.grows is None:
                 begun = _begin(extraction, workers)
                 if begun.grows is not None or begun.job.schema != extraction.job.schema:
                     return
                 extraction = begun
-            _extract_missing(extraction, workers, progress)
+            for state in _extract_missing(extraction, workers):
+                tell(state)
+    tell(replace(state, doing="sealing", report=None))
     if extraction.grows is not None:
         seal_growth(extraction.grows, extraction.plan.schema)
     else:
@@ -158,19 +162,20 @@ def _grown_attributes(extraction: Extraction) -> Json:
     )
 
 
-def _extract_missing(
-    extraction: Extraction, workers: Workers, progress: Callable[[Progress], None] | None
-) -> None:
+def _n_missing(extraction: Extraction) -> int:
+    plan = extraction.plan
+    return sum(len(plan.schema.clips_of(shard)) for shard in plan.missing_shards)
+
+
+def _extract_missing(extraction: Extraction, workers: Workers) -> Iterator[Progress]:
     plan = extraction.plan
     begun_with = read_attributes(plan.folder)["card"]["extraction"]
 
     def clips_of(shard: int) -> ShardClips:
         return to_travel(extraction, _shard_clips(extraction, shard))
 
-    n_clips = sum(len(plan.schema.clips_of(shard)) for shard in plan.missing_shards)
-    for state in workers.extract(plan.missing_shards, clips_of, begun_with, n_clips=n_clips):
-        if progress is not None:
-            progress(state)
+    n_clips = _n_missing(extraction)
+    return workers.extract(plan.missing_shards, clips_of, begun_with, n_clips=n_clips)
 
 
 def _shard_clips(extraction: Extraction, shard: int) -> pa.Table:

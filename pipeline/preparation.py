@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,13 +41,15 @@ def prepare(
     weights: Path | str | None = None,
     audio_root: Path | None = None,
     settings: ExtractionSettings = ExtractionSettings(),  # noqa: B008 - frozen
+    progress: Callable[[int, int], None] | None = None,
 ) -> Extraction:
     """Reads the clip table and the encoder and compares them with what lies at `out`.
 
-    Writes nothing, but for the end of a growth that was cut short. Raises `ManifestError`,
+    Writes nothing, but for the end of a growth that was cut short. `progress` is told how many
+    recordings' headers have been read, and of how many. Raises `ManifestError`,
     `EncoderError`, or `BankMismatch` where another bank lies at `out`.
     """
-    table = read_manifest(source, audio_root=audio_root, window=settings.window)
+    table = read_manifest(source, audio_root=audio_root, window=settings.window, progress=progress)
     reference = None if weights is None else locate_weights(weights).reference
     model = load_encoder(
         encoder,

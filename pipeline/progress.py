@@ -20,6 +20,8 @@ class Progress:
     n_open: int = 0
     """Clips encoded in shards that are not committed yet, without those of lost workers."""
     n_workers: int = 1
+    doing: str = ""
+    """What is done now, where that is not encoding."""
     report: ShardReport | None = field(default=None, compare=False)
     """Of the shard that has just ended."""
 

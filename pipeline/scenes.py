@@ -96,7 +96,13 @@ def make_clip(seed: int, split: Split, index: int) -> Scene:
 
 
 def write_scenes(
-    folder: Path, *, n_train: int = 600, n_valid: int = 200, n_test: int = 300, seed: int = 0
+    folder: Path,
+    *,
+    n_train: int = 600,
+    n_valid: int = 200,
+    n_test: int = 300,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes `clips.csv` (clip_id,path,split), `labels.csv` (clip_id,labels) and their audio.
 
@@ -115,6 +121,8 @@ def write_scenes(
             soundfile.write(folder / path, scene.waveform, SAMPLE_RATE_HZ, subtype="PCM_16")
             clips.append((clip_id, path, split))
             labels.append((clip_id, ";".join(scene.labels)))
+            if progress is not None:
+                progress(len(clips) - 1, sum(counts.values()))
     _write_csv(folder / "clips.csv", clips)
     _write_csv(folder / "labels.csv", labels)
 

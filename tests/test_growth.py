@@ -53,7 +53,9 @@ def test_a_longer_table_adds_shards_and_touches_none(
     shards = {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in path.glob("layers/*/p*/c.*")}
     steps: list[Progress] = []
     bank = extract(longer, encoder="fake", out=path, settings=SETTINGS, progress=steps.append)
-    assert steps[-1] == Progress(N_NEW, N_NEW, 0)
+    assert steps[0] == Progress(N_NEW, doing="starting")
+    assert [step for step in steps if not step.doing][-1] == Progress(N_NEW, N_NEW, 0)
+    assert steps[-1] == Progress(N_NEW, N_NEW, 0, doing="sealing")
     assert {p: (p.stat().st_ino, p.stat().st_mtime_ns) for p in shards} == shards
     assert len(list(path.glob("layers/1/patches/c.*"))) == 4
     assert (bank.n_clips, bank.n_rows) == (N_CLIPS + N_NEW, 48 + N_NEW)
@@ -139,11 +141,13 @@ def test_the_old_bank_stays_whole_until_the_new_one_is(
     path = Path(shutil.copytree(sealed.path, tmp_path / "x.bank"))
     seen = []
 
-    def look(_: Progress) -> None:
-        seen.append((open_bank(path).fingerprint, verify_bank(path)))
+    def look(state: Progress) -> None:
+        seen.append((state.doing, open_bank(path).fingerprint, verify_bank(path)))
 
     extract(longer, encoder="fake", out=path, settings=SETTINGS, progress=look)
-    assert seen == [(sealed.fingerprint, ())]
+    assert seen[0] == ("starting", sealed.fingerprint, ())
+    assert seen[-1] == ("sealing", sealed.fingerprint, ())
+    assert {one[1:] for one in seen} == {(sealed.fingerprint, ())}
 
 
 @pytest.mark.parametrize(

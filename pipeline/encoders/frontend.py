@@ -50,6 +50,9 @@ class FrontEnd(nn.Module):
         """
         n_samples = waveform.shape[1]
         self.n_frames(n_samples)
+        if torch.compiler.is_exporting() and n_audio_samples is None:
+            # Any number of clips: an exported program knows no list of them.
+            return self.features(waveform, n_samples)
         n_audio = [n_samples] * len(waveform) if n_audio_samples is None else n_audio_samples
         if not self.looks_at_lengths:
             n_audio = [n_samples] * len(waveform)

@@ -185,6 +185,8 @@ def clip_means(waveform: Float[Tensor, "batch sample"]) -> Float[Tensor, "batch 
     Published code takes it in loader processes with one thread. A single sum would be shared among
     threads, and the last bit shows in the quietest cells; of two rows each is a thread's own.
     """
+    if torch.compiler.is_exporting():
+        return waveform.mean(1, keepdim=True)
     rows = waveform if len(waveform) > 1 else waveform.expand(2, -1)
     return rows.mean(1, keepdim=True)[: len(waveform)]
 
@@ -200,7 +202,7 @@ def fit_length(
         normal = (log_mel - settings.mean) / settings.divisor
         return F.pad(normal, (0, 0, 0, max(0, missing)))
     if missing > 0:
-        shape = (len(log_mel), missing, log_mel.shape[2])
+        shape = (log_mel.shape[0], missing, log_mel.shape[2])
         fill = log_mel.new_zeros(1, 1, 1)
         if settings.padding == MINIMUM_BEFORE:
             fill = log_mel.amin((1, 2), keepdim=True)

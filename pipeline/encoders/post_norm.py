@@ -77,7 +77,7 @@ class PostNormNetwork(TokenNetwork):
     ) -> list[Float[Tensor, "batch token dim"]]:
         patches = self.proj(features[:, None]).flatten(2).transpose(1, 2)
         patches = patches + self.positions[:, : patches.shape[1]]
-        x = self.pre_norm(torch.cat([self.cls.expand(len(patches), -1, -1), patches], 1))
+        x = self.pre_norm(torch.cat([self.cls.expand(patches.shape[0], -1, -1), patches], 1))
         states = []
         for block in self.blocks[:n_layers]:
             x = block(x)

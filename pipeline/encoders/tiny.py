@@ -111,7 +111,7 @@ class TinyModel(nn.Module):
         grid = self.grid(features.shape[1], features.shape[2])
         positions = _positions_on(features.device, grid, self.config.dim)
         patches = self.embed(self.patchify(features)) + positions
-        x = torch.cat([self.cls.expand(len(patches), 1, -1), patches], 1)
+        x = torch.cat([self.cls.expand(patches.shape[0], 1, -1), patches], 1)
         outputs = []
         for block in self.blocks:
             x = block(x)

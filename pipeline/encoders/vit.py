@@ -72,7 +72,7 @@ class SpectrogramViT(TokenNetwork):
         grid = self.grid(features.shape[1])
         whole = features[:, None, : grid.time * PATCH]
         patches = self.vit.patch_embed.proj(whole).flatten(2).transpose(1, 2)
-        x = torch.cat([self.vit.cls_token.expand(len(patches), -1, -1), patches], 1)
+        x = torch.cat([self.vit.cls_token.expand(patches.shape[0], -1, -1), patches], 1)
         x = x + self._positions(grid)
         states = []
         for block in self.vit.blocks[:n_layers]:

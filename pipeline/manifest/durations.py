@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,7 +14,12 @@ from patchbank.pipeline.sound_file import probe_duration_s
 _BATCH = 64  # a future a file would cost as much as reading its header
 
 
-def recording_durations_s(paths: Collection[str], *, audio_root: Path) -> dict[str, float | None]:
+def recording_durations_s(
+    paths: Collection[str],
+    *,
+    audio_root: Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float | None]:
     """Seconds in each recording below the audio root; None where its header cannot be read.
 
     Of a tar the headers of its members are read, of a table its audio, once and in order.
@@ -24,8 +29,12 @@ def recording_durations_s(paths: Collection[str], *, audio_root: Path) -> dict[s
     def probe(batch: list[str]) -> list[float | None]:
         return [probe_duration_s(audio_root / path) for path in batch]
 
+    found_s: list[float | None] = []
     with ThreadPoolExecutor(max_workers=min(32, 4 * (os.cpu_count() or 1))) as threads:
-        found_s = [duration_s for batch in threads.map(probe, batches) for duration_s in batch]
+        for batch_s in threads.map(probe, batches):
+            found_s += batch_s
+            if progress is not None:
+                progress(len(found_s), len(paths))
     ordered = [path for batch in batches for path in batch]
     return dict(zip(ordered, found_s, strict=True))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +35,9 @@ class CheckedRows:
     problems: Sequence[Problem]
 
 
-def check_rows(sheet: Sheet, *, audio_root: Path) -> CheckedRows:
+def check_rows(
+    sheet: Sheet, *, audio_root: Path, progress: Callable[[int, int], None] | None = None
+) -> CheckedRows:
     """Every row checked; reads the headers of recordings whose row gives no duration.
 
     A recording without a readable header, or without samples, is a segment of no length.
@@ -43,7 +45,7 @@ def check_rows(sheet: Sheet, *, audio_root: Path) -> CheckedRows:
     paths, problems = _paths(sheet, audio_root)
     starts_s, start_problems = second_cells(sheet, "start_s", zero_allowed=True)
     given_s, duration_problems = second_cells(sheet, "duration_s", zero_allowed=False)
-    durations_s, end_problems = _durations_s(sheet, paths, starts_s, given_s, audio_root)
+    durations_s, end_problems = _durations_s(sheet, paths, starts_s, given_s, audio_root, progress)
     names = text_cells(sheet, "clip_id")
     views, view_problems = view_cells(sheet)
     rows = [row for row, path in enumerate(paths) if path is not None]
@@ -88,11 +90,12 @@ def _durations_s(
     starts_s: Sequence[float | None],
     given_s: Sequence[float | None],
     audio_root: Path,
+    progress: Callable[[int, int], None] | None,
 ) -> tuple[list[float], list[Problem]]:
     """The length of each row's segment, to the end of its recording where none is given."""
     pairs = zip(paths, given_s, strict=True)
     unknown = {path for path, given in pairs if path is not None and given is None}
-    recordings_s = recording_durations_s(unknown, audio_root=audio_root)
+    recordings_s = recording_durations_s(unknown, audio_root=audio_root, progress=progress)
     durations_s, problems = [], []
     for row, (path, given) in enumerate(zip(paths, given_s, strict=True)):
         start_s, recording_s = starts_s[row] or 0.0, recordings_s.get(path or "")

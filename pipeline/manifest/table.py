@@ -8,7 +8,7 @@ decoded.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,9 @@ from patchbank.pipeline.manifest.sheet import Sheet, read_sheet
 from patchbank.pipeline.manifest.views import view_problems
 from patchbank.pipeline.manifest.windows import Cuts, Segments, cut
 from patchbank.pipeline.specs import WindowSpec
+
+Progress = Callable[[int, int], None]
+"""Takes how many recordings' headers have been read, and of how many."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ def read_manifest(
     *,
     audio_root: Path | None = None,
     window: WindowSpec = WindowSpec(),  # noqa: B008 - frozen
+    progress: Progress | None = None,
 ) -> ClipTable:
     """The clips that a table, a folder of audio or a data set gives under `window`.
 
@@ -71,23 +75,26 @@ def read_manifest(
     if not root.is_dir():
         raise _error(root, "the audio root is no folder; correct --audio-root")
     if place.is_dir():
-        return _clips_of_found(place, read_folder(place), root, window)
+        return _clips_of_found(place, read_folder(place), root, window, progress)
     if is_data_set_file(place) or place.suffix.lower() == ".arrow":
         found = read_data_set(place.parent, [place.name])
-        return replace(_clips_of_found(place.parent, found, root, window), source=str(place))
-    return _clips_of_sheet(place, root, window)
+        clips = _clips_of_found(place.parent, found, root, window, progress)
+        return replace(clips, source=str(place))
+    return _clips_of_sheet(place, root, window, progress)
 
 
 def _error(file: Path, message: str) -> ManifestError:
     return ManifestError([Problem(str(file), None, None, message)])
 
 
-def _clips_of_sheet(place: Path, audio_root: Path, window: WindowSpec) -> ClipTable:
+def _clips_of_sheet(
+    place: Path, audio_root: Path, window: WindowSpec, progress: Progress | None
+) -> ClipTable:
     sheet = read_sheet(place)
     problems = header_problems(sheet)
     if "path" not in sheet.cells.column_names:
         raise ManifestError(problems)
-    rows = check_rows(sheet, audio_root=audio_root)
+    rows = check_rows(sheet, audio_root=audio_root, progress=progress)
     cuts = cut(rows.segments, window)
     problems += [*rows.problems, *_duplicates(sheet, rows, cuts)]
     if not problems:
@@ -131,10 +138,14 @@ def _clip_table(segments: Segments, cuts: Cuts, kept: Mapping[str, Any]) -> pa.T
 
 
 def _clips_of_found(
-    folder: Path, found: FoundAudio, audio_root: Path, window: WindowSpec
+    folder: Path,
+    found: FoundAudio,
+    audio_root: Path,
+    window: WindowSpec,
+    progress: Progress | None,
 ) -> ClipTable:
     paths = _paths_below(audio_root, folder, found)
-    recordings_s = recording_durations_s(paths, audio_root=audio_root)
+    recordings_s = recording_durations_s(paths, audio_root=audio_root, progress=progress)
     durations_s = [recordings_s[path] or 0.0 for path in paths]
     segments = Segments(paths, [None] * len(paths), [0.0] * len(paths), durations_s)
     cuts = cut(segments, window)

@@ -90,7 +90,7 @@ def _search(
     winner: Int[Tensor, "clip prototype"] | None = None,
 ) -> Float[Tensor, "clip prototype"]:
     """The best similarity; writes the patch that has it into `winner`, where that is given."""
-    best = directions.new_empty(len(directions), len(prototypes))
+    best = directions.new_empty(directions.shape[0], len(prototypes))
     for clips, block, similarity in similarities(directions, prototypes):
         if counts is not None:
             similarity.masked_fill_(~counts[clips], -math.inf)
@@ -111,6 +111,11 @@ def similarities(
     with prototypes side by side it took 0.2 of the product's time, this way 0.06.
     """
     n_clips, n_patches, dim = directions.shape
+    if torch.compiler.is_exporting():
+        # A program takes any number of clips: blocks of them could not be counted.
+        whole = prototypes @ directions.reshape(-1, dim).T
+        yield slice(None), slice(None), whole.view(len(prototypes), -1, n_patches)
+        return
     height, width = block_size(n_clips, n_patches, len(prototypes), directions.device)
     # One piece of memory for all blocks: a fresh one each takes longer than the maximum.
     scratch = directions.new_empty(height * width * n_patches)

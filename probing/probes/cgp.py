@@ -76,7 +76,7 @@ class ConvexGatedProbe(Probe):
         prototypes = F.normalize(weights["prototypes"], dim=-1)
         if len(layers) == 1:
             found = self._similarities(layers, None, prototypes.flatten(0, 1))
-            return found.view(len(found), 3, len(prototypes), -1).transpose(1, 2)
+            return found.view(found.shape[0], 3, len(prototypes), -1).transpose(1, 2)
         shares = weights[LAYERS].softmax(dim=-1)
         trials = zip(shares, prototypes, strict=True)
         return torch.stack([self._similarities(layers, *trial) for trial in trials], dim=1)

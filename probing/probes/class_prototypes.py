@@ -64,7 +64,7 @@ class ClassPrototypeProbe(Probe):
         wide[:, self.shape.dim : self.shape.dim + N_EXTRA] = EPSILON
         best = best_match(directions, wide / (_length(wide) + EPSILON), tokens.counts)
         # ReLU and division keep the order of similarities, so the maximum may come first.
-        found = torch.relu(best / COSINE_DIVISOR).view(len(best), *weights["weight"].shape)
+        found = torch.relu(best / COSINE_DIVISOR).view(best.shape[0], *weights["weight"].shape)
         logits = torch.einsum("btcj,tcj->tbc", found, torch.relu(weights["weight"]))
         return logits + weights["bias"][:, None]
 
@@ -88,7 +88,7 @@ def _directions(tokens: Tokens, *, focal: bool) -> Float[Tensor, "clip patch wid
     """Patches (minus CLS where `focal`) with their extra channels, over their length."""
     z, dim = tokens.patches, tokens.shape[2]
     origin = tokens.cls[:, None] if focal else z.new_zeros(1)
-    if z.requires_grad:
+    if z.requires_grad or torch.compiler.is_exporting():
         wide = F.pad(z - origin, (0, PADDING))
         wide[..., dim : dim + N_EXTRA] = EPSILON
         return wide / _length(wide)

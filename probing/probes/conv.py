@@ -130,12 +130,14 @@ class ConvProbe(Probe):
         else:
             share = 1 / counts.sum(dim=1, keepdim=True).to(heard.dtype)
             pooled = torch.bmm((counts * share)[:, None], heard)[:, 0]
-        return pooled.view(len(patches), *bias.shape).transpose(0, 1)
+        return pooled.view(patches.shape[0], *bias.shape).transpose(0, 1)
 
     def _blocks(
         self, n_trials: int, z: Float[Tensor, "clip patch dim"]
     ) -> list[tuple[slice, list[slice]]]:
         """Trials, with the clips that are computed together for them."""
+        if torch.compiler.is_exporting():
+            return [(slice(None), [slice(None)])]  # a program takes any number of clips
         budget = CPU_ACTIVATIONS if z.device.type == "cpu" else DEVICE_ACTIVATIONS
         each = self.channels * z.shape[1]
         width = min(n_trials, max(1, budget // each))

@@ -74,14 +74,14 @@ class EfficientProbe(Probe):
         scores = torch.matmul(queries, z.transpose(1, 2))
         if tokens.counts is not None:
             scores = scores.masked_fill(~tokens.counts[:, None], -math.inf)
-        return scores.softmax(dim=-1).view(len(z), -1, self.n_queries, z.shape[1])
+        return scores.softmax(dim=-1).view(z.shape[0], -1, self.n_queries, z.shape[1])
 
     def _features(self, weights: Weights, tokens: Tokens) -> Float[Tensor, "trial clip feature"]:
         n_trials, n_rows = len(weights["queries"]), len(weights["queries"]) * self.n_queries
         pooled = torch.bmm(self.attention(weights, tokens).flatten(1, 2), tokens.patches)
         values = weights["value"].view(n_rows, -1, self.shape.dim)
         features = torch.bmm(pooled.transpose(0, 1), values.transpose(1, 2))
-        by_query = features.view(n_trials, self.n_queries, len(pooled), -1)
+        by_query = features.view(n_trials, self.n_queries, pooled.shape[0], -1)
         return by_query.transpose(1, 2).flatten(2)
 
 

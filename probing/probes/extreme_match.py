@@ -64,7 +64,7 @@ def _search(
     counts: Bool[Tensor, "clip patch"] | None,
 ) -> tuple[Float[Tensor, "clip 2 prototype"], Int[Tensor, "clip 2 prototype"]]:
     """Lowest and highest similarity, and the patches that have them."""
-    value = directions.new_empty(len(directions), 2, len(prototypes))
+    value = directions.new_empty(directions.shape[0], 2, len(prototypes))
     winner = torch.empty(value.shape, dtype=torch.int64, device=directions.device)
     for clips, block, similarity in similarities(directions, prototypes):
         for side, never in enumerate((math.inf, -math.inf)):

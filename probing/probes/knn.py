@@ -88,13 +88,14 @@ class KnnProbe(Probe):
         voted = torch.einsum("ck,ckl->cl", share, targets[index])
         voted = voted.clamp(SMALLEST_SHARE, 1 - SMALLEST_SHARE)
         # The probability that comes of the logit is the share of votes, for either kind of task.
-        return voted.log() if bool(exclusive.item()) else voted.logit()
+        return torch.where(exclusive > 0, voted.log(), voted.logit())
 
     def _nearest(
         self, query: Float[Tensor, "clip dim"], vectors: Float[Tensor, "seen dim"]
     ) -> tuple[Float[Tensor, "clip k"], Int[Tensor, "clip k"]]:
         """The k most similar clips, in bounded memory."""
-        found, places = query.new_empty(len(query), 0), query.new_empty(len(query), 0).long()
+        found = query.new_empty(query.shape[0], 0)
+        places = found.long()
         for start in range(0, len(vectors), BLOCK_CLIPS):
             similarity = query @ vectors[start : start + BLOCK_CLIPS].T
             best = similarity.topk(min(self.k, similarity.shape[1]), dim=1)

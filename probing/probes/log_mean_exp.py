@@ -30,7 +30,12 @@ def log_mean_exp(
 
     Between the mean and the maximum of the scores. Has gradients for both arguments.
     """
-    total: Tensor = _LogSumExp.apply(tokens, prototypes, counts)  # type: ignore[no-untyped-call]
+    total: Tensor
+    if torch.compiler.is_exporting():
+        # Blocks of clips cannot be counted where a program takes any number of them.
+        total = _scores(tokens, prototypes, counts, slice(None), slice(None)).logsumexp(dim=1)
+    else:
+        total = _LogSumExp.apply(tokens, prototypes, counts)  # type: ignore[no-untyped-call]
     if counts is None:
         return total - math.log(tokens.shape[1])
     return total - counts.sum(dim=1, keepdim=True).to(total.dtype).log()

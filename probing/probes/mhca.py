@@ -63,7 +63,7 @@ class MhcaProbe(Probe):
         scores = torch.matmul(queries, z.transpose(1, 2))
         if tokens.counts is not None:
             scores = scores.masked_fill(~tokens.counts[:, None], -math.inf)
-        return scores.softmax(dim=-1).view(len(z), -1, self.n_heads, z.shape[1])
+        return scores.softmax(dim=-1).view(z.shape[0], -1, self.n_heads, z.shape[1])
 
     def _folded_queries(self, weights: Weights) -> Float[Tensor, "trial head dim"]:
         """Wk_h^T q_h, scaled by the root of a head's width."""

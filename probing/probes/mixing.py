@@ -103,7 +103,9 @@ class MixedTokens(Tokens):
         last = layers[-1]
         prefixes = [layer.prefix for layer in layers if layer.prefix is not None]
         # Where some layers have none, or another number, the probe does not use them.
-        can_mix = len(prefixes) == len(layers) and len({one.shape for one in prefixes}) == 1
+        can_mix = (
+            len(prefixes) == len(layers) and len({tuple(one.shape[1:]) for one in prefixes}) == 1
+        )
         prefix = mix(shares, prefixes) if can_mix else None
         super().__init__(last._stored, prefix, last.n_patches, dtype=last.dtype, device=last.device)
         self.__dict__.pop("patches", None)  # the last layer's, where it is floats already

@@ -178,7 +178,7 @@ class ModuleProbe(Probe):
     def _begin(self, tokens: Tokens, dropout: Dropout | None) -> None:
         self._module.train(dropout is not None)
         self._draws.randoms, self._draws.trial = dropout or (), torch.zeros(())
-        if len(tokens) == 1:
+        if tokens.shape[0] == 1:
             for part in self._module.modules():
                 if isinstance(part, nn.modules.batchnorm._BatchNorm):
                     part.eval()
@@ -190,9 +190,12 @@ class ModuleProbe(Probe):
             is_whole = not dtype.is_floating_point
             values[key] = values[key].to(dtype) if is_whole else values[key].clone()
         logits = torch.func.functional_call(self._module, values, (tokens,))
-        if not isinstance(logits, Tensor) or logits.shape != (len(tokens), self.shape.n_classes):
+        if not isinstance(logits, Tensor) or logits.shape != (
+            tokens.shape[0],
+            self.shape.n_classes,
+        ):
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            expected = f"(clip={len(tokens)}, class={self.shape.n_classes})"
+            expected = f"(clip={tokens.shape[0]}, class={self.shape.n_classes})"
             raise TrialError(
                 f"forward of probe {self.name!r} returns {found}, expected logits {expected}"
             )

@@ -67,7 +67,7 @@ class PrototypeProbe(Probe):
         directions = F.normalize(binarise(latent) if self.is_binary else latent, dim=-1)
         # All trials' prototypes meet the shared tokens in one product.
         best = match_tokens(tokens, directions.flatten(0, 1))
-        features = best.view(len(best), len(latent), -1).transpose(0, 1)
+        features = best.view(best.shape[0], len(latent), -1).transpose(0, 1)
         kept = apply_dropout(features, self.dropout, dropout)
         return apply_class_blocks(kept, weights["weight"], weights["bias"])
 

@@ -105,7 +105,8 @@ class Tokens:
     def layers(self) -> tuple[Tokens, ...]:
         """The layers that a probe may mix, this one last."""
         # Not an attribute: tokens that hold themselves stay until Python looks for such cycles.
-        return (*self._others, self._last or self)
+        # Nor `or`, which would ask how many clips there are: an exported program does not know.
+        return (*self._others, self if self._last is None else self._last)
 
     @cached_property
     def patches(self) -> Float[Tensor, "clip patch dim"]:
@@ -157,7 +158,7 @@ class Tokens:
     def directions(self) -> Float[Tensor, "clip patch dim"]:
         """Patches of length one; a patch of zeros stays zero."""
         ready: Tensor | None = self.__dict__.get("patches")
-        if ready is not None and ready.requires_grad:
+        if ready is not None and (ready.requires_grad or torch.compiler.is_exporting()):
             return ready / _length(ready)
         out = self._take("directions")
         for clips in self._blocks():

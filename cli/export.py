@@ -1,0 +1,71 @@
+"""`patchbank export`: a trained probe and its encoder as one program that needs torch alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from patchbank.cli.bars import phase
+from patchbank.cli.choices import ExportBatch
+from patchbank.cli.encoder_options import Weights
+from patchbank.pipeline.errors import TrialError
+
+
+def export(
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="What train-probe left, or a probe's folder."),
+    ],
+    out: Annotated[Path, typer.Option(metavar="FILE.pt2", help="The program to write.")],
+    probe: Annotated[
+        str | None, typer.Option(help="Which probe of the run. [default: best on validation]")
+    ] = None,
+    weights: Weights = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(metavar="FILE.py", help="The encoder, if it is your own."),
+    ] = None,
+    plugin: Annotated[
+        Path | None, typer.Option(metavar="FILE.py", help="The probe's file, if it is your own.")
+    ] = None,
+    batch: Annotated[
+        ExportBatch, typer.Option(help="Clips that the program takes at once: any number, or 1.")
+    ] = ExportBatch.dynamic,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Write front end, encoder and probe as one torch.export program.
+
+    In: float32 waveforms of the window's length. Out: the probabilities that predict gives. The
+    file is loaded again and compared with predict before it is kept.
+    """
+    import json
+    from dataclasses import asdict
+
+    from patchbank.cli.exported_model import write_program
+    from patchbank.cli.predict import open_stream
+    from patchbank.probing.artefact import load_probe
+    from patchbank.probing.run_folder import probe_folder
+
+    if out.suffix != ".pt2":
+        raise typer.BadParameter(f"--out takes a name that ends in .pt2, found {out}")
+    folder = probe_folder(run, probe)
+    artefact = load_probe(folder, plugin)
+    if plugin is not None and not artefact.plugin:
+        raise TrialError(f"the probe in {folder} is built by no file; leave --plugin out")
+    with phase("load the encoder"):
+        stream = open_stream(artefact, weights=weights, encoder=encoder, device="cpu")
+    check = write_program(artefact, stream, out, any_batch=batch is ExportBatch.dynamic)
+    rate = stream.encoder.spec.sample_rate_hz
+    n_samples, n_classes = stream.window.n_samples(rate), len(artefact.classes)
+    if json_output:
+        print(json.dumps({"program": str(out), "n_bytes": out.stat().st_size, **asdict(check)}))
+        return
+    clips = "batch" if batch is ExportBatch.dynamic else "1"
+    print(f"{out}: waveforms ({clips}, {n_samples}) at {rate} Hz to ({clips}, {n_classes})")
+    sizes = " and ".join(map(str, check.batch_sizes))
+    print(
+        f"largest difference from predict: {check.largest_difference:.1e}, at most {check.bound:g} "
+        f"is rounding\n  ({', '.join(check.waveforms)}; batches of {sizes})"
+    )
