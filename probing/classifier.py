@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from patchbank.pipeline.bank.rows_view import RowsView
 from patchbank.pipeline.errors import TrialDataError
 from patchbank.probing.artefact import ProbeArtefact, save_probe
 from patchbank.probing.batch import TokenSource
-from patchbank.probing.classifier_data import labels_of, tokens_of
+from patchbank.probing.classifier_data import ArrayRows, labels_of, tokens_of
 from patchbank.probing.classifier_fit import Fitting
 from patchbank.probing.entries import Entry
 from patchbank.probing.losses import LossName
@@ -158,14 +159,20 @@ class ProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     @torch.no_grad()
     def _logits(self, x: Any) -> Float64[np.ndarray, "clip class"]:
-        """Of one pass over x, on the device of training."""
+        """Of one pass over x, on the device of training, in float64 where x is.
+
+        In float32 a clip's logits depend on the batch that it is in, by rounding.
+        """
         check_is_fitted(self)
-        settings, buffers = TrainSettings(device=self.device), Buffers()
+        settings = TrainSettings(device=self.device)
         source = self._tokens(x, settings, reset=False, reads_once=True)
+        if isinstance(source, ArrayRows) and source.is_double:
+            settings = replace(settings, dtype="float64")
         family = _family(self.artefact_)
         _check_tokens(self.artefact_, family, x, source)
-        device, layers = settings.torch_device, last_layer(source)
-        weights = {key: value[None].to(device) for key, value in self.artefact_.weights.items()}
+        device, dtype = settings.torch_device, settings.torch_dtype
+        weights = {k: value[None].to(device, dtype) for k, value in self.artefact_.weights.items()}
+        layers, buffers = last_layer(source), Buffers()
         plan = sequential(np.arange(source.n_rows), batch_size=self.batch_size)
         parts = [
             family.logits(weights, BatchTokens(batch, settings, buffers).of(layers))[0].cpu()

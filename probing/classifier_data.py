@@ -133,6 +133,7 @@ class ArrayRows:
         n_patches = 1 if len(x.shape) == 2 else x.shape[1]
         self._x, self.n_rows, self._row = x, x.shape[0], (n_patches, x.shape[-1])
         self.shapes: Mapping[int, LayerShape] = {NO_LAYER: LayerShape(*self._row)}
+        self.is_double = x.dtype in (np.float64, torch.float64)
 
     def read(self, batches: Iterable[BatchRows]) -> Iterator[Batch]:
         for rows in batches:
