@@ -201,6 +201,6 @@ def test_no_clip_and_no_such_tier_are_refused(bank: Bank) -> None:
     with pytest.raises(
         TrialError, match=r"found x of shape \(0, 10, 12\), expected .*none of them"
     ):
-        quick().fit(view[:0], [])
+        quick().fit(view[:0], ["low", "high"])
     with pytest.raises(BankError, match="found tier='disk', expected one of"):
         ProbeClassifier("linear").set_params(tier="disk").fit(view, labels_of(view))
