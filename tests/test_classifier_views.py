@@ -196,11 +196,11 @@ def test_tokens_of_another_encoder_or_layer_are_refused(bank: Bank, tmp_path: Pa
         classifier.predict(other.rows_view())
 
 
-def test_no_clip_and_no_such_tier_are_refused(bank: Bank) -> None:
+def test_no_clip_and_a_tier_without_its_device_are_refused(bank: Bank) -> None:
     view = bank.rows_view()
     with pytest.raises(
         TrialError, match=r"found x of shape \(0, 10, 12\), expected .*none of them"
     ):
         quick().fit(view[:0], ["low", "high"])
-    with pytest.raises(BankError, match="found tier='disk', expected one of"):
-        ProbeClassifier("linear").set_params(tier="disk").fit(view, labels_of(view))
+    with pytest.raises(BankError, match='the tier "device" keeps tokens on a GPU'):
+        quick(tier="device").fit(view, labels_of(view))
