@@ -86,6 +86,10 @@ class TrialError(PatchbankError):
     """A probe cannot be trained or applied as asked."""
 
 
+class TrialDataError(TrialError, ValueError):
+    """x or y are not what a classifier takes; scikit-learn expects a ValueError of that."""
+
+
 def place_in(file: str | None, error: BaseException) -> str | None:
     """The deepest line of `file` that an error came through, as `file:line`."""
     lines = [

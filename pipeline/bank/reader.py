@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32, Int32, Shaped
 
-from patchbank.pipeline.bank.archive import archive_bytes
 from patchbank.pipeline.bank.assembly import CLIPS
 from patchbank.pipeline.bank.card import checked_schema, read_attributes
 from patchbank.pipeline.bank.clip_table import read_clips, read_status
@@ -20,16 +20,19 @@ from patchbank.pipeline.bank.places import ADVICE, RowPlaces, read_places
 from patchbank.pipeline.bank.quantised import ChannelConstants, load_constants
 from patchbank.pipeline.bank.schema import (
     FORMAT_VERSION,
-    SMALL_CHUNK_ROWS,
     BankSchema,
     SmallArray,
     TokenArray,
 )
 from patchbank.pipeline.bank.seal_record import SEAL, Seal, read_seal, seal_bytes
+from patchbank.pipeline.bank.sealed_sizes import chunk_path, shape_problems
 from patchbank.pipeline.bank.view_columns import view_column_problems
 from patchbank.pipeline.bank.writer import hash_file
 from patchbank.pipeline.errors import BankCorrupt, BankError
 from patchbank.pipeline.specs import Json
+
+if TYPE_CHECKING:
+    from patchbank.pipeline.bank.rows_view import RowsView
 
 
 class Bank:
@@ -160,11 +163,23 @@ class Bank:
             first = chunk * per_chunk
             part = range(max(rows.start, first), min(rows.stop, first + per_chunk))
             inside = range(part.start - first, part.stop - first)
-            path = self.path / _chunk_path(array, chunk)
+            path = self.path / chunk_path(array, chunk)
             place = slice(part.start - rows.start, part.stop - rows.start)
             with self._as_opened():
                 out[place] = _read_rows(path, array.dtype, array.row_shape, inside, per_chunk)
         return out
+
+    def rows_view(
+        self, layer: int | None = None, rows: np.ndarray | Sequence[int] | None = None
+    ) -> RowsView:
+        """The tokens of a layer, the last where None, as an array that is read when asked for.
+
+        `rows` are row numbers of the bank, in any order; where None, all clean clips (view 0) with
+        tokens. Raises `BankError` for a row without tokens.
+        """
+        from patchbank.pipeline.bank.rows_view import rows_view
+
+        return rows_view(self, layer, rows)
 
     def places(self, layer: int, kind: str = "patches") -> RowPlaces:
         """Where all rows lie, from the shards' indices: `row_bytes` bytes each.
@@ -183,6 +198,10 @@ class Bank:
         """`places`, of an archive too: where its compressed rows lie."""
         return read_places(self.path, self.schema, self.array(layer, kind))
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process reads the clip table for itself.
+        return {k: v for k, v in self.__dict__.items() if k not in ("clips", "status")}
+
     def check_files(self) -> None:
         """Compares every sealed file's size; `BankCorrupt` names the first that differs."""
         for name, file in self.seal.files.items():
@@ -194,10 +213,6 @@ class Bank:
             if found != file.size:
                 what = "is missing" if found is None else f"has {found} bytes, sealed {file.size}"
                 raise BankCorrupt(f"{self.path}: {name} {what}; {ADVICE}")
-
-
-def _chunk_path(array: SmallArray, chunk: int) -> str:
-    return f"{array.path}/c.{chunk}{'.0' * len(array.row_shape)}"
 
 
 def _read_rows(
@@ -259,43 +274,3 @@ def _checked_bank(bank: Path, attributes: Json, seal: Seal) -> Bank:
     for problem in shape_problems(schema, seal):
         raise BankCorrupt(f"{bank}: {problem}; {ADVICE}")
     return opened
-
-
-def shape_problems(schema: BankSchema, seal: Seal) -> Iterator[str]:
-    """Sealed files that cannot hold what the card states; no more than the seal has files.
-
-    None means that rows, shards, layers and row sizes are all accounted for by bytes on the disk,
-    so that loops over them, and arrays of their size, cost no more than the files do.
-    """
-    n_shard_files = schema.n_shards * len(schema.arrays())
-    n_chunks = -(-schema.n_rows // SMALL_CHUNK_ROWS)
-    n_chunk_files = n_chunks * len(schema.small_arrays())
-    if n_shard_files + n_chunk_files > len(seal.files):
-        yield (
-            f"the card states {n_shard_files} shard files and {n_chunk_files} of small arrays, "
-            f"which are not sealed: there are {len(seal.files)} files"
-        )
-        return
-    for name, sizes in _expected_sizes(schema):
-        file = seal.files.get(name)
-        if file is None or not sizes.start <= file.size < sizes.stop:
-            found = "is not sealed" if file is None else f"is sealed with {file.size} bytes"
-            yield f"{name} {found}, the card states {sizes.stop - 1}"
-    if CLIPS not in seal.files:
-        yield f"{CLIPS} is not sealed"
-
-
-def _expected_sizes(schema: BankSchema) -> Iterator[tuple[str, range]]:
-    """Files that a card states, and the sizes that they may have: one, but for archives."""
-    for array in schema.arrays():
-        layout = array.layout(schema.rows_per_shard)
-        for shard in range(schema.n_shards):
-            n_rows = len(schema.rows_of(shard))
-            most = layout.file_bytes(n_rows)
-            least = archive_bytes(layout, n_rows) if schema.is_archive else most
-            yield array.shard_path(shard), range(least, most + 1)
-    for small in schema.small_arrays():
-        n_values = small.chunk_rows(schema.n_rows) * math.prod(small.row_shape)
-        for chunk in range(-(-schema.n_rows // SMALL_CHUNK_ROWS)):
-            n_bytes = n_values * np.dtype(small.dtype).itemsize
-            yield _chunk_path(small, chunk), range(n_bytes, n_bytes + 1)

@@ -25,9 +25,9 @@ from patchbank.pipeline.bank.damage import (
     shown,
 )
 from patchbank.pipeline.bank.identity import fingerprint
-from patchbank.pipeline.bank.reader import shape_problems
 from patchbank.pipeline.bank.schema import DONE, FAILED, FORMAT_VERSION, BankSchema
 from patchbank.pipeline.bank.seal_record import SEAL, Seal, brief, read_seal
+from patchbank.pipeline.bank.sealed_sizes import shape_problems
 from patchbank.pipeline.bank.writer import FileRecord, hash_file
 from patchbank.pipeline.errors import BankCorrupt, BankError, BankNotFound
 
