@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,16 +12,18 @@ import numpy as np
 import pyarrow as pa
 
 from patchbank.probing.artefact import ProbeArtefact, save_probe
-from patchbank.probing.atomic import write_json
+from patchbank.probing.atomic import write_atomically, write_json
 from patchbank.probing.evaluation import Fold, left_out_rows, resamples_of, score_rows
 from patchbank.probing.labels import LabelSet
 from patchbank.probing.metrics import primary_metric
+from patchbank.probing.model_card import model_card
 from patchbank.probing.plan import Rows
 from patchbank.probing.probes.base import n_parameters
 from patchbank.probing.protocol import Outcome
 from patchbank.probing.results import environment, write_predictions
 from patchbank.probing.settings import TrainSettings
 from patchbank.probing.splits import Split, is_clean
+from patchbank.probing.validation_fit import fit_on_validation
 
 FORMAT = 1
 
@@ -53,6 +56,8 @@ class FinishedRun:
     settings: TrainSettings
     plugins: Mapping[str, str] = field(default_factory=dict)
     """Probes' files with their digests when the run began."""
+    command: tuple[str, ...] = ()
+    """What was typed, word by word; nothing where Python called."""
 
 
 def rows_of(splits: Sequence[Split]) -> Rows:
@@ -65,6 +70,7 @@ def write_run(run: FinishedRun, out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").unlink(missing_ok=True)
     clip_ids = run.bank.clips.column("clip_id").to_pylist()
+    results = _results(run)
     for index, outcome in enumerate(run.folds[0].outcomes):
         folder = out / outcome.name
         write_predictions(
@@ -75,8 +81,17 @@ def write_run(run: FinishedRun, out: Path) -> dict[str, Any]:
             classes=run.labels.classes,
             multi_label=run.labels.multi_label,
         )
-        save_probe(folder, _artefact(run, index))
-    results = _results(run)
+        artefact = _artefact(run, index)
+        card = model_card(
+            artefact,
+            name=outcome.name,
+            results=results,
+            licence=str(run.bank.card.get("licence", "")),
+        )
+        write_atomically(
+            folder / "README.md", partial(Path.write_text, data=card, encoding="utf-8")
+        )
+        save_probe(folder, artefact)
     write_json(out / "results.json", results)
     return results
 
@@ -105,13 +120,21 @@ def _artefact(run: FinishedRun, index: int) -> ProbeArtefact:
         encoder=dict(card.get("encoder", {})),
         window=dict(card.get("window", {})),
         tokens={key: card[key] for key in ("stored_dtype", "mask_padding") if key in card},
+        **fit_on_validation(
+            outcome.valid_scores[outcome.best_seed],
+            run.labels.targets[fold.split.valid],
+            classes=run.labels.classes,
+            multi_label=run.labels.multi_label,
+        ),
         training={
             "bank": run.bank.fingerprint,
             "recipe_id": run.bank.recipe_id,
             "fold": fold.split.name,
             **asdict(outcome.trials[outcome.best_seed]),
-            "n_epochs": run.settings.n_epochs,
             "valid_score": outcome.valid_values[outcome.best_seed],
+            "settings": asdict(run.settings),
+            "environment": environment(run.settings.torch_device),
+            "command": list(run.command),
         },
     )
 
