@@ -111,11 +111,13 @@ class ProbeArtefact:
         """Which classes are there: those at or above their threshold, one half where none was
         chosen; of a multi-class task the likeliest alone."""
         if not self.multi_label:
-            places = np.arange(len(self.classes))
-            return np.equal(places, probabilities.argmax(axis=1)[:, None])
+            best: np.ndarray = probabilities.argmax(axis=1)[:, None]
+            is_there: np.ndarray = np.arange(len(self.classes)) == best
+            return is_there
         # As an array: a Python number would be rounded to the type of the probabilities.
         chosen = self.thresholds or (DEFAULT_THRESHOLD,) * len(self.classes)
-        return np.greater_equal(probabilities, np.array(chosen, dtype=np.float64))
+        reaches: np.ndarray = probabilities >= np.array(chosen, dtype=np.float64)
+        return reaches
 
     def layers_of(self, batch: Batch) -> tuple[int, ...]:
         """The layers of a batch that the probe reads; `TrialError` where one is missing."""
@@ -252,7 +254,8 @@ def _check_plugin(folder: Path, name: object, digest: str, plugin: Path | None) 
         )
 
 
-def _check_weights(folder: Path, artefact: ProbeArtefact) -> None:
+def array_shapes(artefact: ProbeArtefact) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Shapes of the arrays that an artefact has, and of those that its family expects."""
     first = artefact.family.first_weights(torch.Generator())
     expected = {key: _shown(value) for key, value in first.items()}
     found = {
@@ -260,6 +263,11 @@ def _check_weights(folder: Path, artefact: ProbeArtefact) -> None:
         key: (None, *value.shape[1:]) if expected.get(key, ())[:1] == (None,) else _shown(value)
         for key, value in artefact.weights.items()
     }
+    return found, expected
+
+
+def _check_weights(folder: Path, artefact: ProbeArtefact) -> None:
+    found, expected = array_shapes(artefact)
     if found != expected:
         raise TrialError(
             f"found arrays {found} in {folder / 'probe.safetensors'}, expected {expected}; the "
