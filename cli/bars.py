@@ -80,3 +80,15 @@ def clip_bar(title: str) -> Iterator[Callable[[ExtractionProgress], None]]:
             )
 
         yield step
+
+
+@contextmanager
+def recording_bar(title: str) -> Iterator[Callable[[int, float, int], None]]:
+    """Recordings that are done, and the time left; `part` is how much of the next is done."""
+    from rich.progress import TextColumn, TimeRemainingColumn
+
+    count = TextColumn("{task.fields[done]}/{task.total:.0f} recordings")
+    with _bar(title, count, TimeRemainingColumn(), done="0") as show:
+        yield lambda n_done, part, n: show(
+            completed=n_done + part, total=n, done=lambda _: str(n_done)
+        )

@@ -63,3 +63,12 @@ class Tier(Enum):
     map = "map"
     read = "read"
     direct = "direct"
+
+
+class LabelFormat(Enum):
+    """How `predict` writes labels."""
+
+    text = "text"
+    csv = "csv"
+    json = "json"
+    audacity = "audacity"
