@@ -34,8 +34,8 @@ def begin_folder(folder: Path, probe: Path, asked: dict[str, Any]) -> float:
     others = [key for key in {**fact, **found} if found.get(key) != fact.get(key)]
     if others:
         raise TrialError(
-            f"{folder} holds labels made with another {', '.join(others)}, expected those of the "
-            f"same probe and options; choose another --out, or remove {path}"
+            f"{folder} holds labels that differ in {', '.join(others)}, expected those of the same "
+            f"probe and options; choose another --out, or remove {path}"
         )
     return path.stat().st_mtime
 

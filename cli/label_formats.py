@@ -7,7 +7,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -21,6 +21,13 @@ SUFFIX_OF: dict[Format, str] = {"csv": ".csv", "json": ".jsonl", "audacity": ".t
 """Of a recording's file in a folder of labels."""
 GAP_S = 1e-6
 """Seconds that two neighbours may be apart by rounding."""
+
+
+@runtime_checkable
+class TextSink(Protocol):
+    """An open file, or stdout."""
+
+    def write(self, text: str, /) -> object: ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Shown:
 class Writer(ABC):
     """Takes rows, in the order of time within a recording."""
 
-    def __init__(self, file: TextIO, shown: Shown, *, frames: bool = False) -> None:
+    def __init__(self, file: TextSink, shown: Shown, *, frames: bool = False) -> None:
         self._file, self._shown, self._frames = file, shown, frames
         self._classes: Sequence[str] = shown.artefact.classes
 
@@ -87,7 +94,7 @@ class JsonWriter(Writer):
 class CsvWriter(Writer):
     """The probability of every class, whatever is shown elsewhere."""
 
-    def __init__(self, file: TextIO, shown: Shown, *, frames: bool = False) -> None:
+    def __init__(self, file: TextSink, shown: Shown, *, frames: bool = False) -> None:
         super().__init__(file, shown, frames=frames)
         self._table = csv.writer(file)
         self._table.writerow(["clip", "start_s", "end_s", *self._classes])
@@ -103,7 +110,7 @@ class AudacityWriter(Writer):
     Neighbours that have a class become one region; nothing is written before the end.
     """
 
-    def __init__(self, file: TextIO, shown: Shown, *, frames: bool = False) -> None:
+    def __init__(self, file: TextSink, shown: Shown, *, frames: bool = False) -> None:
         super().__init__(file, shown, frames=frames)
         self._regions: dict[int, list[list[float]]] = {}
 

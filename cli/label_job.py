@@ -6,11 +6,10 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TextIO
 
 from patchbank.cli.bars import recording_bar
 from patchbank.cli.label_folder import begin_folder, is_labelled
-from patchbank.cli.label_formats import SUFFIX_OF, WRITERS, Shown, Writer
+from patchbank.cli.label_formats import SUFFIX_OF, WRITERS, Shown, TextSink, Writer
 from patchbank.cli.label_output import Format, Output
 from patchbank.cli.predictor import Prediction, Predictor
 from patchbank.cli.recordings import label_files, recordings
@@ -106,7 +105,7 @@ class LabelJob:
             yield write
 
     @contextmanager
-    def _stream(self, file: TextIO) -> Iterator[Callable[[Iterable[Prediction]], None]]:
+    def _stream(self, file: TextSink) -> Iterator[Callable[[Iterable[Prediction]], None]]:
         writers = [self._writer(file, self._output.format)]
         if self._output.prints_json:
             writers.append(self._writer(sys.stdout, "json"))
@@ -120,7 +119,7 @@ class LabelJob:
         for writer in writers:
             writer.end()
 
-    def _writer(self, file: TextIO, format_: Format) -> Writer:
+    def _writer(self, file: TextSink, format_: Format) -> Writer:
         return WRITERS[format_](file, self._shown, frames=self._frames)
 
     def _each(self, found: Sequence[Path], work: Work) -> int:

@@ -69,18 +69,23 @@ def calibrate(
 
 
 class _Loss:
-    """Negative log-likelihood as a function of T, in float64."""
+    """Negative log-likelihood as a function of T.
+
+    What is summed, in float64, is how far each score is on the wrong side, so that nothing cancels
+    near zero.
+    """
 
     def __init__(self, scores: Tensor, targets: Tensor, *, multi_label: bool) -> None:
-        self._scores, self._multi_label = scores.double(), multi_label
-        # The part that targets have in it is linear in 1 / T.
-        self._hit = float((self._scores * targets.double()).sum())
-        self._n = scores.numel() if multi_label else len(scores)
+        self._multi_label = multi_label
+        if multi_label:
+            self._wrong = torch.where(targets > 0.5, -scores, scores)
+        else:
+            truth = targets.argmax(dim=1, keepdim=True)
+            self._wrong = (scores - scores.gather(1, truth)).scatter(1, truth, -torch.inf)
 
     def at(self, temperature: float) -> float:
-        scaled = self._scores / temperature
-        if self._multi_label:
-            total = -torch.nn.functional.logsigmoid(-scaled).sum()
-        else:
-            total = scaled.logsumexp(dim=-1).sum()
-        return (float(total) - self._hit / temperature) / max(1, self._n)
+        scaled = self._wrong / temperature
+        if not self._multi_label:
+            scaled = scaled.logsumexp(dim=-1)  # of the other classes: log(1 + e^this) is the loss
+        losses = torch.nn.functional.logsigmoid(-scaled)
+        return -float(losses.sum(dtype=torch.float64)) / losses.numel()

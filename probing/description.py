@@ -75,7 +75,7 @@ def _parsed(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _classes(indices: Mapping[str, Any]) -> tuple[str, ...]:
+def _classes(indices: Any) -> tuple[str, ...]:
     if not isinstance(indices, dict) or not indices:
         raise ValueError(f"classes is {indices!r}, no object of names and indices")
     if list(indices.values()) != list(range(len(indices))) or any(

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from patchbank.probing.artefact import ProbeArtefact
+from patchbank.probing.calibration import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 from patchbank.probing.thresholds import DEFAULT_THRESHOLD
 
 MOST_CLASSES = 60
@@ -111,6 +112,12 @@ def _decisions(artefact: ProbeArtefact) -> str:
         f"log-likelihood is {facts['nll_before']:.4f} at T = 1 and {facts['nll_after']:.4f} at "
         "this T. It changes no ranking.",
     ]
+    if artefact.temperature in (LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE):
+        lines += [
+            "",
+            "This T is a bound of the search, so no temperature fits: the validation clips are "
+            "told apart without a mistake, or hardly at all.",
+        ]
     if not artefact.multi_label:
         return "\n".join([*lines, "", "The decision is the likeliest class."])
     lines += [

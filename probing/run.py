@@ -43,6 +43,7 @@ def run_training(
     source: Callable[[Sequence[int]], TokenSource] | None = None,
     progress: OnProgress | None = None,
     say: Callable[[str], None] | None = None,
+    command: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains `probes` and returns what results.json holds.
 
@@ -54,8 +55,9 @@ def run_training(
 
     `source` gives the tokens of layers; None reads the bank itself, from `tier`, and tells `say`
     which one that is. `use_views=False` trains on clean clips alone; views that would carry a
-    validation or test clip into training are left out anyway, and `say` is told how many. Raises
-    `ManifestError` for wrong tables, `TrialError`.
+    validation or test clip into training are left out anyway, and `say` is told how many.
+    `command` is what was typed, which each probe's description keeps. Raises `ManifestError` for
+    wrong tables, `TrialError`.
     """
     settings, say = settings or TrainSettings(), say or (lambda line: None)
     say_once = functools.cache(say)  # every fold says the same of its probes
@@ -97,7 +99,8 @@ def run_training(
             folds_of[task_.name].append(Fold(task_.split, outcomes))
     results = {
         name: write_run(
-            FinishedRun(bank, one, tuple(folds_of[name]), settings, plugins), folders[name]
+            FinishedRun(bank, one, tuple(folds_of[name]), settings, plugins, tuple(command)),
+            folders[name],
         )
         for name, one in sets.items()
     }
