@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 
 from patchbank.cli.recordings import recordings
 from patchbank.pipeline.bank import Bank, open_bank
@@ -25,7 +25,7 @@ from patchbank.pipeline.environment import choose_device
 from patchbank.pipeline.errors import AudioError, EncoderError, TrialError
 from patchbank.pipeline.specs import WindowSpec
 from patchbank.pipeline.stream import EncodedWindows, TokenStream
-from patchbank.probing.artefact import ProbeArtefact, load_probe
+from patchbank.probing.artefact import ArrayLike, ProbeArtefact, load_probe
 from patchbank.probing.batch import Batch, Grid, LayerTokens
 from patchbank.probing.frames import frame_probe, predict_frames
 from patchbank.probing.loader import BatchLoader
@@ -119,12 +119,12 @@ class Predictor:
 
     def waveform(
         self,
-        samples: Shaped[np.ndarray, "batch sample"] | torch.Tensor,
+        samples: ArrayLike,
         sample_rate_hz: int,
         *,
         frames: bool = False,
     ) -> Iterator[Prediction]:
-        """The same of waveforms in memory; `clip` is the number of the row, "0", "1" ..."""
+        """The same of waveforms in memory, (batch, sample); `clip` is the row's number, "0" ..."""
         rows = np.asarray(samples, dtype=np.float32)
         if rows.ndim != 2 or not rows.size:
             raise TrialError(f"found samples of shape {rows.shape}, expected (batch, sample)")

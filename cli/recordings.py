@@ -17,11 +17,11 @@ UNSAFE = re.compile(r"[^\w\-. ]")
 def recordings(audio: Sequence[Path]) -> Iterator[Path]:
     """The files named, and all audio below the folders and in the containers named."""
     from patchbank.pipeline.manifest.data_set import is_data_set_file, read_data_set
-    from patchbank.pipeline.manifest.folder import read_folder
+    from patchbank.pipeline.manifest.folder import audio_below
 
     for path in audio:
         if path.is_dir():
-            yield from (path / name for name in read_folder(path).paths)
+            yield from (path / name for name in audio_below(path))
         elif is_data_set_file(path):
             folder = path.parent
             yield from (folder / name for name in read_data_set(folder, [path.name]).paths)
