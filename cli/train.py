@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from patchbank.cli.choices import Loss, TaskKind, Tier
+from patchbank.cli.typed_command import TYPED
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
@@ -117,6 +118,7 @@ def train_probe(
             allow_unlabelled=allow_unlabelled,
             use_views=not no_views,
             tier=tier.value,
+            command=TYPED.get(),
             progress=progress,
             say=lambda line: print(line, file=sys.stderr),
         )
