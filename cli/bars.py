@@ -356,3 +356,10 @@ def progress_lines() -> Iterator[Callable[[TrainingProgress | Validated], None]]
             current.step(state.epoch, state.n_epochs, "scoring" if is_last else "")
 
         yield show
+
+
+@contextmanager
+def recording_bar(title: str) -> Iterator[Callable[[int, float, int], None]]:
+    """Recordings that are done, and the time left; `part` is how much of the next is done."""
+    with Bar(title, Unit("recordings")) as bar:
+        yield lambda n_done, part, n: bar.step(n_done + part, n)

@@ -70,3 +70,12 @@ class ExportBatch(Enum):
 
     dynamic = "dynamic"
     one = "1"
+
+
+class LabelFormat(Enum):
+    """How `predict` writes labels."""
+
+    text = "text"
+    csv = "csv"
+    json = "json"
+    audacity = "audacity"

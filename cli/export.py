@@ -10,7 +10,6 @@ import typer
 from patchbank.cli.bars import phase
 from patchbank.cli.choices import ExportBatch
 from patchbank.cli.encoder_options import Weights
-from patchbank.pipeline.errors import TrialError
 
 
 def export(
@@ -44,18 +43,16 @@ def export(
     from dataclasses import asdict
 
     from patchbank.cli.exported_model import write_program
-    from patchbank.cli.predict import open_stream
-    from patchbank.probing.artefact import load_probe
-    from patchbank.probing.run_folder import probe_folder
+    from patchbank.cli.predictor import Predictor
 
     if out.suffix != ".pt2":
         raise typer.BadParameter(f"--out takes a name that ends in .pt2, found {out}")
-    folder = probe_folder(run, probe)
-    artefact = load_probe(folder, plugin)
-    if plugin is not None and not artefact.plugin:
-        raise TrialError(f"the probe in {folder} is built by no file; leave --plugin out")
+    predictor = Predictor(
+        run, probe=probe, weights=weights, encoder=encoder, plugin=plugin, device="cpu"
+    )
+    artefact = predictor.artefact
     with phase("load the encoder"):
-        stream = open_stream(artefact, weights=weights, encoder=encoder, device="cpu")
+        stream = predictor.stream
     check = write_program(artefact, stream, out, any_batch=batch is ExportBatch.dynamic)
     rate = stream.encoder.spec.sample_rate_hz
     n_samples, n_classes = stream.window.n_samples(rate), len(artefact.classes)

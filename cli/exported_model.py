@@ -21,13 +21,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from patchbank.cli.bars import phase
-from patchbank.cli.predict import batch_of
+from patchbank.cli.predictor import batch_of
 from patchbank.pipeline.bank.dtypes import STORED_TYPES, prefix_type
 from patchbank.pipeline.encoders.base import Encoder, TokenMap
 from patchbank.pipeline.errors import AudioError, EncoderError
 from patchbank.pipeline.stream import TokenStream
 from patchbank.pipeline.tokens import FLOAT_DTYPES, counted_patches
 from patchbank.probing.artefact import ProbeArtefact
+from patchbank.probing.calibration import probabilities_of
 from patchbank.probing.probes import build_probe
 from patchbank.probing.probes.tokens import Tokens
 
@@ -83,7 +84,9 @@ def probabilities(
     artefact: ProbeArtefact, logits: Float[Tensor, "batch class"]
 ) -> Float[Tensor, "batch class"]:
     """What `ProbeArtefact.predict_batch` makes of logits."""
-    return torch.sigmoid(logits) if artefact.multi_label else logits.softmax(dim=-1)
+    return probabilities_of(
+        logits, multi_label=artefact.multi_label, temperature=artefact.temperature
+    )
 
 
 def rounded_to(stream: TokenStream) -> str:
@@ -190,6 +193,8 @@ def metadata(artefact: ProbeArtefact, stream: TokenStream) -> dict[str, Any]:
     return {
         "classes": list(artefact.classes),
         "multi_label": artefact.multi_label,
+        "thresholds": list(artefact.thresholds),
+        "temperature": artefact.temperature,
         "sample_rate_hz": rate,
         "n_samples": stream.window.n_samples(rate),
         "window": artefact.window,

@@ -21,6 +21,7 @@ from patchbank.cli import (
     train,
     worker,
 )
+from patchbank.cli.typed_command import TYPED
 from patchbank.pipeline.errors import PatchbankError
 
 app = typer.Typer(
@@ -53,8 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # OpenMP threads that spin while they wait take the cores from decoding and loading: a
     # protobin step on two busy cores took 442 ms, this way 124 ms. Read once, when torch loads.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    typed = list(sys.argv[1:] if arguments is None else arguments)
+    TYPED.set(("patchbank", *typed))
     try:
-        app(args=None if arguments is None else list(arguments))
+        app(args=typed)
     except PatchbankError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

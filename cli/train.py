@@ -10,6 +10,7 @@ import typer
 
 from patchbank.cli.bars import progress_lines
 from patchbank.cli.choices import Loss, TaskKind, Tier
+from patchbank.cli.typed_command import TYPED
 
 
 def train_probe(
@@ -173,6 +174,7 @@ def train_probe(
             allow_leakage=options.allow_leakage,
             tier=options.tier,
             overwrite=overwrite,
+            command=TYPED.get(),
             progress=both(progress, log),
             say=lambda line: print(line, file=sys.stderr),
         )

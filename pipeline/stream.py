@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from patchbank.pipeline.audio import DecodedClip, decode_clip, probe_duration_s
+from patchbank.pipeline.audio import DecodedClip, decode_clip, fit_to_encoder, probe_duration_s
 from patchbank.pipeline.bank.dtypes import STORED_TYPES, prefix_type
 from patchbank.pipeline.containers import locate
 from patchbank.pipeline.encoders.base import Encoder, TokenMap, features_of
 from patchbank.pipeline.errors import AudioError
-from patchbank.pipeline.specs import StoredDType, WindowSpec
+from patchbank.pipeline.specs import Grid, StoredDType, WindowSpec
 from patchbank.pipeline.tokens import counted_patches, store_tokens
 
 
@@ -38,6 +38,7 @@ class EncodedLayer:
     patches: Float[np.ndarray, "clip patch dim"]
     prefix: Float[np.ndarray, "clip prefix dim"] | None
     n_patches: Int64[np.ndarray, " clip"]
+    grid: Grid
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,33 @@ class TokenStream:
 
         Memory holds one batch of windows, however long the recording is.
         """
-        windows = windows_of(path, self.window)
         with ThreadPoolExecutor(2, thread_name_prefix="decode") as decoders:
-            for start in range(0, len(windows), self.batch_size):
-                chosen = windows[start : start + self.batch_size]
+            for chosen in self._batches(windows_of(path, self.window)):
                 yield self._encode(chosen, list(decoders.map(self._decode, chosen)))
+
+    def encode_samples(
+        self, samples: Float32[np.ndarray, " sample"], sample_rate_hz: int, *, name: str
+    ) -> Iterator[EncodedWindows]:
+        """The tokens of one channel of samples, cut, resampled and padded as a recording's are."""
+        windows = _windows(Path(name), len(samples) / sample_rate_hz, self.window)
+        for chosen in self._batches(windows):
+            yield self._encode(chosen, [self._cut(one, samples, sample_rate_hz) for one in chosen])
+
+    def _batches(self, windows: list[Window]) -> Iterator[list[Window]]:
+        for start in range(0, len(windows), self.batch_size):
+            yield windows[start : start + self.batch_size]
+
+    def _cut(
+        self, window: Window, samples: Float32[np.ndarray, " sample"], rate_hz: int
+    ) -> DecodedClip:
+        first, n = round(window.start_s * rate_hz), round(window.duration_s * rate_hz)
+        waveform, n_audio_samples = fit_to_encoder(
+            samples[first : first + n, None],
+            rate_hz,
+            window=self.window,
+            sample_rate_hz=self.encoder.spec.sample_rate_hz,
+        )
+        return DecodedClip(waveform, "", n_audio_samples)
 
     def _decode(self, window: Window) -> DecodedClip:
         return decode_clip(
@@ -112,6 +135,7 @@ class TokenStream:
             self._stored(tokens.patches),
             None if tokens.prefix is None else self._stored(tokens.prefix),
             np.array(counts, dtype=np.int64),
+            tokens.grid,
         )
 
     def _stored(
@@ -134,6 +158,10 @@ def windows_of(path: Path, window: WindowSpec) -> list[Window]:
     length_s = probe_duration_s(path)
     if not length_s:
         raise AudioError("no audio that can be decoded")
+    return _windows(path, length_s, window)
+
+
+def _windows(path: Path, length_s: float, window: WindowSpec) -> list[Window]:
     return [
         Window(path, start_s, min(window.window_s, length_s - start_s))
         for start_s in window.starts_s(length_s)

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
+from torch import Tensor
 
 from patchbank.pipeline.errors import BankMismatch, TrialError
 from patchbank.pipeline.specs import differing_fields
 from patchbank.probing.atomic import write_atomically, write_json
 from patchbank.probing.batch import Batch
+from patchbank.probing.calibration import probabilities_of
+from patchbank.probing.description import FORMAT, damaged, label_map, read_description
 from patchbank.probing.passes import BatchTokens
 from patchbank.probing.plan import sequential
 from patchbank.probing.probes import build_probe
@@ -29,8 +33,8 @@ from patchbank.probing.probes.base import Probe, ProbeShape, Weights
 from patchbank.probing.probes.probe_files import file_sha256, is_file
 from patchbank.probing.probes.tokens import Buffers
 from patchbank.probing.settings import TrainSettings
+from patchbank.probing.thresholds import DEFAULT_THRESHOLD
 
-FORMAT = 2
 PREDICT_BATCH_SIZE = 64
 ArrayLike = Any
 """A numpy array or a torch tensor."""
@@ -59,8 +63,16 @@ class ProbeArtefact:
     """The Python file that builds the probe, "" where it is none."""
     plugin_sha256: str = ""
     """Its digest when it was run; what is saved."""
+    temperature: float = 1.0
+    """What logits are divided by, chosen on validation data."""
+    thresholds: tuple[float, ...] = ()
+    """One a class, chosen on validation data of a multi-label task; else none."""
+    default_thresholds: tuple[str, ...] = ()
+    """Classes whose threshold nothing chose: no validation clip has them."""
+    validation: dict[str, Any] = field(default_factory=dict)
+    """What the temperature and the thresholds reach where they were chosen."""
     training: dict[str, Any] = field(default_factory=dict)
-    """Learning rate, seed, bank and the like: never needed to predict."""
+    """Bank, settings, environment, command and the like: never needed to predict."""
 
     def predict_proba(
         self,
@@ -68,11 +80,13 @@ class ProbeArtefact:
         prefix: ArrayLike | None = None,
         n_patches: ArrayLike | None = None,
     ) -> Float[np.ndarray, "clip class"]:
-        """Probabilities, float32: a sigmoid a class, or a softmax for multi-class tasks.
+        """Probabilities, float32, of logits / temperature: a sigmoid a class, or a softmax for
+        multi-class tasks.
 
         patches (clip, patch, dim), prefix (clip, prefix, dim), n_patches (clip), of any float
-        type. Trained with the asymmetric loss they rank clips but lie above the frequencies: one
-        half is then no threshold. Raises `TrialError` for tokens of another shape.
+        type. Trained with the asymmetric loss they rank clips but are no frequencies, and no
+        temperature makes them such: cut them at `thresholds`. Raises `TrialError` for tokens of
+        another shape.
         """
         tokens = [None if array is None else _tensor(array) for array in (prefix, n_patches)]
         self._check_shapes(tuple(patches.shape), has_prefix=prefix is not None)
@@ -84,9 +98,29 @@ class ProbeArtefact:
         empty = np.zeros((0, len(self.classes)), dtype=np.float32)
         return np.concatenate(parts) if parts else empty
 
-    @torch.no_grad()
     def predict_batch(self, batch: Batch) -> Float[np.ndarray, "clip class"]:
         """Probabilities of a batch, which holds all of `layers`, or one layer of any name."""
+        found = probabilities_of(
+            self.logits(batch), multi_label=self.multi_label, temperature=self.temperature
+        )
+        return found.numpy()
+
+    def decide(
+        self, probabilities: Float[np.ndarray, "clip class"]
+    ) -> Bool[np.ndarray, "clip class"]:
+        """Which classes are there: those at or above their threshold, one half where none was
+        chosen; of a multi-class task the likeliest alone."""
+        if not self.multi_label:
+            best: np.ndarray = probabilities.argmax(axis=1)[:, None]
+            is_there: np.ndarray = np.arange(len(self.classes)) == best
+            return is_there
+        # As an array: a Python number would be rounded to the type of the probabilities.
+        chosen = self.thresholds or (DEFAULT_THRESHOLD,) * len(self.classes)
+        reaches: np.ndarray = probabilities >= np.array(chosen, dtype=np.float64)
+        return reaches
+
+    def layers_of(self, batch: Batch) -> tuple[int, ...]:
+        """The layers of a batch that the probe reads; `TrialError` where one is missing."""
         layers = self.layers
         if len(layers) < 2 and not (layers and layers[0] in batch.layers):
             layers = tuple(batch.layers)[-1:]
@@ -96,13 +130,16 @@ class ProbeArtefact:
                 f"found no layer {', '.join(map(str, missing))} in the batch, expected "
                 f"{self._layer}, which this probe mixes; hand predict_batch() a batch of them"
             )
+        return layers
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Float[Tensor, "clip class"]:
+        """Logits of a batch, float32 on the CPU, before the temperature."""
         settings = TrainSettings(device="cpu")
-        tokens = BatchTokens(batch, settings, Buffers()).of(layers)
+        tokens = BatchTokens(batch, settings, Buffers()).of(self.layers_of(batch))
         self._check_shapes(tokens.shape, has_prefix=tokens.prefix is not None)
         stacked = {key: value[None] for key, value in self.weights.items()}
-        logits = self._family().logits(stacked, tokens)[0]
-        probabilities = torch.sigmoid(logits) if self.multi_label else logits.softmax(dim=-1)
-        return probabilities.numpy()
+        return self.family.logits(stacked, tokens)[0]
 
     def check_encoder(self, identity: Mapping[str, Any], encoder_id: str) -> None:
         """Raises `BankMismatch`, naming every differing field, for tokens of another encoder."""
@@ -125,14 +162,16 @@ class ProbeArtefact:
                 f"expected patches (clip, patch, dim={dim}), found {shape}: {trained_on}, "
                 f"{self._layer}"
             )
-        if not has_prefix and self._family().uses_prefix:
+        if not has_prefix and self.family.uses_prefix:
             raise TrialError(f"expected prefix tokens beside the patches, found none: {trained_on}")
 
     @property
     def _layer(self) -> str:
         return f"layer {'+'.join(map(str, self.layers))}"
 
-    def _family(self) -> Probe:
+    @cached_property
+    def family(self) -> Probe:
+        """The probe without its weights."""
         shape = replace(self.shape, n_classes=len(self.classes))
         return build_probe(self.plugin or self.probe, shape, self.options)
 
@@ -161,9 +200,10 @@ def save_probe(folder: Path, artefact: ProbeArtefact) -> None:
     write_atomically(
         folder / "probe.safetensors", lambda path: safetensors.torch.save_file(weights, path)
     )
-    fields = {**artefact.__dict__, "shape": asdict(artefact.shape)}
-    del fields["weights"], fields["plugin"]
-    write_json(folder / "probe.json", {"format": FORMAT, **fields})
+    facts = {one.name: getattr(artefact, one.name) for one in fields(artefact)}
+    del facts["weights"], facts["plugin"]
+    facts |= {"classes": label_map(artefact.classes), "shape": asdict(artefact.shape)}
+    write_json(folder / "probe.json", {"format": FORMAT, **facts})
 
 
 def load_probe(folder: Path, plugin: Path | None = None) -> ProbeArtefact:
@@ -172,7 +212,7 @@ def load_probe(folder: Path, plugin: Path | None = None) -> ProbeArtefact:
     A probe of a Python file needs that file, `plugin`, as it was: no path is stored, and nothing
     that a folder of results names is ever run.
     """
-    description = _read_description(folder)
+    description = read_description(folder)
     digest = description.get("plugin_sha256", "")
     if "plugin" in description or is_file(str(description.get("probe"))):
         raise TrialError(
@@ -193,17 +233,9 @@ def load_probe(folder: Path, plugin: Path | None = None) -> ProbeArtefact:
     # in another way, and a loaded probe is to predict the same to the last bit.
     weights = {key: value.clone() for key, value in stored.items()}
     try:
-        artefact = ProbeArtefact(
-            **description
-            | {
-                "classes": tuple(description["classes"]),
-                "layers": tuple(description["layers"]),
-                "shape": _shape(description["shape"]),
-            },
-            weights=weights,
-        )
-    except (KeyError, TypeError) as error:
-        raise _damaged(folder, error) from error
+        artefact = ProbeArtefact(**description, weights=weights)
+    except TypeError as error:
+        raise damaged(folder, error) from error
     _check_weights(folder, artefact)
     return artefact
 
@@ -222,38 +254,20 @@ def _check_plugin(folder: Path, name: object, digest: str, plugin: Path | None) 
         )
 
 
-def _read_description(folder: Path) -> dict[str, Any]:
-    path = folder / "probe.json"
-    if not path.is_file():
-        nested = sorted(found.parent.name for found in folder.glob("*/probe.json"))
-        hint = f"; it has probes {', '.join(nested)}: name one of these folders" if nested else ""
-        raise TrialError(f"found no probe.json in {folder}, expected a probe's folder{hint}")
-    try:
-        description: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise _damaged(folder, error) from error
-    found = description.pop("format", None)
-    if found != FORMAT:
-        raise TrialError(
-            f"found format {found!r} in {path}, expected {FORMAT}; update patchbank or train again"
-        )
-    return description
-
-
-def _damaged(folder: Path, error: Exception) -> TrialError:
-    return TrialError(
-        f"{folder / 'probe.json'} is damaged ({error!r}); train again: patchbank train-probe"
-    )
-
-
-def _check_weights(folder: Path, artefact: ProbeArtefact) -> None:
-    first = artefact._family().first_weights(torch.Generator())
+def array_shapes(artefact: ProbeArtefact) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Shapes of the arrays that an artefact has, and of those that its family expects."""
+    first = artefact.family.first_weights(torch.Generator())
     expected = {key: _shown(value) for key, value in first.items()}
     found = {
         # A probe that remembers has as many clips as it was shown.
         key: (None, *value.shape[1:]) if expected.get(key, ())[:1] == (None,) else _shown(value)
         for key, value in artefact.weights.items()
     }
+    return found, expected
+
+
+def _check_weights(folder: Path, artefact: ProbeArtefact) -> None:
+    found, expected = array_shapes(artefact)
     if found != expected:
         raise TrialError(
             f"found arrays {found} in {folder / 'probe.safetensors'}, expected {expected}; the "
@@ -264,8 +278,3 @@ def _check_weights(folder: Path, artefact: ProbeArtefact) -> None:
 def _shown(value: torch.Tensor) -> tuple[int | None, ...]:
     """Its shape, with None for any number of clips."""
     return tuple(None if size == 0 else size for size in value.shape)
-
-
-def _shape(fields: Mapping[str, Any]) -> ProbeShape:
-    grid = fields.get("grid")
-    return ProbeShape(**{**fields, "grid": None if grid is None else tuple(grid)})

@@ -54,6 +54,7 @@ def run_training(
     source: Callable[[Sequence[int]], TokenSource] | None = None,
     progress: OnProgress | None = None,
     say: Callable[[str], None] | None = None,
+    command: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trains `probes` and returns what results.json holds.
 
@@ -71,8 +72,8 @@ def run_training(
     which one that is. `use_views=False` trains on clean clips alone; views that would carry a
     validation or test clip into training are left out anyway, and `say` is told how many. `group`
     is the column whose clips are drawn together by the bootstrap; none of them, no recording and no
-    sound may lie in two parts of a split unless `allow_leakage`. Raises `ManifestError` for wrong
-    tables, `TrialError`.
+    sound may lie in two parts of a split unless `allow_leakage`. `command` is what was typed, which
+    each probe's description keeps. Raises `ManifestError` for wrong tables, `TrialError`.
     """
     settings, say = settings or TrainSettings(), say or (lambda line: None)
     device = settings.torch_device
@@ -115,7 +116,15 @@ def run_training(
         folds_of = _train_folds(job, sets, splits, entries)
         runs = {
             name: FinishedRun(
-                bank, one, tuple(folds_of[name]), settings, groups, leakage[name], plugins, state
+                bank,
+                one,
+                tuple(folds_of[name]),
+                settings,
+                groups,
+                leakage[name],
+                plugins,
+                state,
+                tuple(command),
             )
             for name, one in sets.items()
         }

@@ -12,11 +12,12 @@ import numpy as np
 import pyarrow as pa
 
 from patchbank.probing.artefact import ProbeArtefact, save_probe
-from patchbank.probing.atomic import write_json
+from patchbank.probing.atomic import write_json, write_text
 from patchbank.probing.evaluation import Evaluation, Fold, evaluate, left_out_rows, resamples_of
 from patchbank.probing.groups import Groups
 from patchbank.probing.labels import LabelSet
 from patchbank.probing.metrics import primary_metric
+from patchbank.probing.model_card import model_card
 from patchbank.probing.paired_files import write_resamples, write_test_clips
 from patchbank.probing.per_class import write_per_class
 from patchbank.probing.plan import Rows
@@ -26,6 +27,7 @@ from patchbank.probing.results import environment, write_predictions
 from patchbank.probing.run_state import RunState
 from patchbank.probing.settings import TrainSettings
 from patchbank.probing.splits import Split, is_clean
+from patchbank.probing.validation_fit import fit_on_validation
 
 FORMAT = 1
 
@@ -62,6 +64,8 @@ class FinishedRun:
     plugins: Mapping[str, str] = field(default_factory=dict)
     """Probes' files with their digests when the run began."""
     state: RunState = field(default_factory=RunState)
+    command: tuple[str, ...] = ()
+    """What was typed, word by word; nothing where Python called."""
 
 
 def rows_of(splits: Sequence[Split]) -> Rows:
@@ -74,6 +78,18 @@ def write_run(run: FinishedRun, out: Path) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").unlink(missing_ok=True)
     clip_ids = run.bank.clips.column("clip_id").to_pylist()
+    evaluation = evaluate(
+        run.folds,
+        run.labels.targets,
+        clip_ids=clip_ids,
+        groups=run.groups.names,
+        multi_label=run.labels.multi_label,
+        n_resamples=run.settings.n_resamples,
+    )
+    write_test_clips(out, run.folds, run.labels, clip_ids=clip_ids, groups=run.groups.names)
+    write_resamples(out, evaluation.samples)
+    # As it will be read.
+    results: dict[str, Any] = json.loads(json.dumps(_results(run, evaluation), allow_nan=False))
     for index, outcome in enumerate(run.folds[0].outcomes):
         folder = out / outcome.name
         write_predictions(
@@ -92,19 +108,11 @@ def write_run(run: FinishedRun, out: Path) -> dict[str, Any]:
             classes=run.labels.classes,
             multi_label=run.labels.multi_label,
         )
-        save_probe(folder, _artefact(run, index))
-    evaluation = evaluate(
-        run.folds,
-        run.labels.targets,
-        clip_ids=clip_ids,
-        groups=run.groups.names,
-        multi_label=run.labels.multi_label,
-        n_resamples=run.settings.n_resamples,
-    )
-    write_test_clips(out, run.folds, run.labels, clip_ids=clip_ids, groups=run.groups.names)
-    write_resamples(out, evaluation.samples)
-    # As it will be read.
-    results: dict[str, Any] = json.loads(json.dumps(_results(run, evaluation), allow_nan=False))
+        artefact = _artefact(run, index)
+        licence = str(run.bank.card.get("licence", ""))
+        card = model_card(artefact, name=outcome.name, results=results, licence=licence)
+        write_text(folder / "README.md", card)
+        save_probe(folder, artefact)
     write_json(out / "results.json", results)
     return results
 
@@ -133,13 +141,21 @@ def _artefact(run: FinishedRun, index: int) -> ProbeArtefact:
         encoder=dict(card.get("encoder", {})),
         window=dict(card.get("window", {})),
         tokens={key: card[key] for key in ("stored_dtype", "mask_padding") if key in card},
+        **fit_on_validation(
+            outcome.valid_scores[outcome.best_seed],
+            run.labels.targets[fold.split.valid],
+            classes=run.labels.classes,
+            multi_label=run.labels.multi_label,
+        ),
         training={
             "bank": run.bank.fingerprint,
             "recipe_id": run.bank.recipe_id,
             "fold": fold.split.name,
             **asdict(outcome.trials[outcome.best_seed]),
-            "n_epochs": run.settings.n_epochs,
             "valid_score": outcome.valid_values[outcome.best_seed],
+            "settings": asdict(run.settings),
+            "environment": environment(run.settings.torch_device),
+            "command": list(run.command),
         },
     )
 

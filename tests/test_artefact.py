@@ -155,7 +155,7 @@ def test_arrays_that_are_missing_or_broken_are_named(tmp_path: Path) -> None:
 def test_arrays_of_another_run_are_refused(tmp_path: Path) -> None:
     save_probe(tmp_path, artefact())
     description = json.loads((tmp_path / "probe.json").read_text())
-    description["classes"] = ["cat", "dog"]
+    description["classes"] = {"cat": 0, "dog": 1}
     (tmp_path / "probe.json").write_text(json.dumps(description))
     with pytest.raises(TrialError, match=r"found arrays .*60.* expected .*40.* not of one run"):
         load_probe(tmp_path)
@@ -173,11 +173,14 @@ def test_a_file_that_a_folder_names_is_not_run(key: str, tmp_path: Path) -> None
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_newer_format_asks_for_an_update(tmp_path: Path) -> None:
+def test_another_format_asks_for_an_update(tmp_path: Path) -> None:
     save_probe(tmp_path, artefact())
-    (tmp_path / "probe.json").write_text('{"format": 3}')
-    with pytest.raises(TrialError, match=r"found format 3 in .*, expected 2; update patchbank"):
-        load_probe(tmp_path)
+    for found in (2, 4):
+        (tmp_path / "probe.json").write_text(f'{{"format": {found}}}')
+        with pytest.raises(
+            TrialError, match=rf"found format {found} in .*, expected 3; update pat"
+        ):
+            load_probe(tmp_path)
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
@@ -192,3 +195,86 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path: Path) -> 
         write_atomically(path, fail)
     assert [found.name for found in tmp_path.iterdir()] == ["file"]
     assert path.read_text() == "old"
+
+
+def test_the_label_map_gives_each_class_its_index_and_keeps_their_order(tmp_path: Path) -> None:
+    before = replace(artefact(), classes=("owl", "cat", "dog"))
+    save_probe(tmp_path, before)
+    stored = json.loads((tmp_path / "probe.json").read_text())
+    assert list(stored["classes"].items()) == [("owl", 0), ("cat", 1), ("dog", 2)]
+    assert load_probe(tmp_path).classes == ("owl", "cat", "dog")
+
+
+def test_the_temperature_divides_logits_and_keeps_rankings() -> None:
+    patches, _ = tokens()
+    for multi_label in (True, False):
+        plain = artefact("mhca", multi_label=multi_label)
+        first = plain.predict_proba(patches)
+        found = replace(plain, temperature=2.0).predict_proba(patches)
+        if multi_label:
+            expected = 1 / (1 + np.sqrt((1 - first) / first))
+        else:
+            expected = np.sqrt(first) / np.sqrt(first).sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        assert np.array_equal(found.argmax(axis=1), first.argmax(axis=1))
+
+
+def test_decisions_are_cut_at_each_class_threshold_or_take_the_likeliest() -> None:
+    found = np.array([[0.6, 0.2, 0.2], [0.4, 0.3, 0.3]], dtype=np.float32)
+    chosen = replace(artefact(), thresholds=(0.5, 0.3, 0.1))
+    assert chosen.decide(found).tolist() == [[True, False, True], [False, True, True]]
+    assert artefact().decide(found).tolist() == [[True, False, False], [False] * 3]
+    likeliest = replace(artefact(), multi_label=False).decide(found)
+    assert likeliest.tolist() == [[True, False, False]] * 2
+
+
+HOSTILE = {
+    "thresholds of another number": ({"thresholds": [0.5]}, "found 1 thresholds for 3 classes"),
+    "a threshold above one": ({"thresholds": [0.5, 2, 0.5]}, "a threshold is 2, no number from"),
+    "a threshold that is no number": ({"thresholds": [0.5, True, 0]}, "a threshold is True"),
+    "thresholds that are no list": ({"thresholds": 0.5}, "found 0.5 thresholds for 3 classes"),
+    "a temperature of zero": ({"temperature": 0}, "temperature is 0, no number above 0"),
+    "a negative temperature": ({"temperature": -1.5}, "temperature is -1.5, no number above 0"),
+    "a temperature of NaN": ({"temperature": float("nan")}, "temperature is nan"),
+    "an endless temperature": ({"temperature": float("inf")}, "temperature is inf"),
+    "a temperature in words": ({"temperature": "1"}, "temperature is '1'"),
+    "an unknown field": ({"colour": "red"}, "unexpected keyword argument 'colour'"),
+    "weights in the description": ({"weights": {}}, "multiple values for keyword argument"),
+    "a list of classes": ({"classes": ["cat", "dog", "owl"]}, "no object of names and indices"),
+    "indices that skip": ({"classes": {"cat": 0, "dog": 2, "owl": 3}}, "other than 0, 1, 2"),
+    "an index twice": ({"classes": {"cat": 0, "dog": 0, "owl": 1}}, "other than 0, 1, 2"),
+    "indices that are true": ({"classes": {"cat": 0, "dog": True, "owl": 2}}, "other than 0, 1"),
+    "a default of no class": ({"default_thresholds": ["bat"]}, "['bat'], no list of classes"),
+    "a task of neither kind": ({"multi_label": "yes"}, "multi_label is 'yes', no true or false"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_a_description_that_states_something_impossible_is_refused(
+    change: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    save_probe(tmp_path, artefact())
+    path = tmp_path / "probe.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(TrialError, match=r"probe\.json is damaged \(.*; train again") as caught:
+        load_probe(tmp_path)
+    assert message in str(caught.value)
+
+
+def test_a_class_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    save_probe(tmp_path, artefact())
+    path = tmp_path / "probe.json"
+    path.write_text(path.read_text().replace('"dog": 1', '"cat": 1'))
+    with pytest.raises(TrialError, match=r"damaged \(.*'cat' stands twice in one object"):
+        load_probe(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["temperature", "thresholds", "classes", "shape", "multi_label"])
+def test_a_description_that_lacks_a_field_is_refused(key: str, tmp_path: Path) -> None:
+    save_probe(tmp_path, artefact())
+    path = tmp_path / "probe.json"
+    fields = json.loads(path.read_text())
+    del fields[key]
+    path.write_text(json.dumps(fields))
+    with pytest.raises(TrialError, match=rf"is damaged \(KeyError\('{key}'\)\)"):
+        load_probe(tmp_path)

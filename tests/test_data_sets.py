@@ -23,7 +23,7 @@ from container_files import (
 )
 from fake_bank import SETTINGS
 
-from patchbank.cli.predict import recordings
+from patchbank.cli.recordings import recordings
 from patchbank.pipeline.errors import ManifestError
 from patchbank.pipeline.extraction import extract
 from patchbank.pipeline.manifest import ClipTable, read_manifest

@@ -18,7 +18,7 @@ from probe_weights import weights_of
 
 from patchbank.cli.exported_model import BOUND, load_program, write_program
 from patchbank.cli.main import main
-from patchbank.cli.predict import open_stream
+from patchbank.cli.predictor import open_stream
 from patchbank.pipeline.encoders import load_encoder
 from patchbank.pipeline.errors import EncoderError
 from patchbank.probing.artefact import ProbeArtefact, save_probe

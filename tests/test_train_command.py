@@ -105,7 +105,9 @@ def test_a_probe_of_a_file_trains_says_how_and_predicts_with_that_file_only(
     line = ["train-probe", bank, "--labels", labels, "--out", str(run), *QUICK]
     assert main([*line, "--probe", str(file)]) == 0
     assert "mine: trials in one product" in capsys.readouterr().err
-    assert str(tmp_path) not in (run / "mine/probe.json").read_text()
+    stored = json.loads((run / "mine/probe.json").read_text())
+    assert stored["training"].pop("command") == ["patchbank", *line, "--probe", str(file)]
+    assert str(tmp_path) not in json.dumps(stored)
     assert main(["predict", str(run), "--bank", bank]) == 1
     assert "a file of your own, mine.py; name it: --plugin FILE.py" in capsys.readouterr().err
     assert main(["predict", str(run), "--bank", bank, "--plugin", str(file)]) == 0

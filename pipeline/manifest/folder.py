@@ -25,6 +25,18 @@ def read_folder(folder: Path) -> FoundAudio:
     first-level folder; where every first-level folder is a split (`train`, `valid`, `test`), the
     class is the second level.
     """
+    paths, containers = _found_below(folder)
+    return read_data_set(folder, containers) if containers else _class_folders(folder, paths)
+
+
+def audio_below(folder: Path) -> Sequence[str]:
+    """The paths that `read_folder` finds, whatever their folders are called."""
+    paths, containers = _found_below(folder)
+    return read_data_set(folder, containers).paths if containers else paths
+
+
+def _found_below(folder: Path) -> tuple[Sequence[str], Sequence[str]]:
+    """Audio files, or containers of audio; one of the two is empty."""
     names = sorted(_audio_paths(folder))
     paths = [name for name in names if is_audio_name(name)]
     containers = _containers(folder, [name for name in names if not is_audio_name(name)])
@@ -36,7 +48,12 @@ def read_folder(folder: Path) -> FoundAudio:
             f"holds audio files ({paths[0]!r}) and containers of audio ({containers[0]!r}); "
             "name one of the two, move it elsewhere, or list what you mean in a table",
         )
-    return read_data_set(folder, containers) if containers else _class_folders(folder, paths)
+    if not paths and not containers:
+        looked_for = " ".join((*FOLDER_SUFFIXES, ".tar"))
+        raise found_error(
+            folder, f"no audio file below it; looked for {looked_for} and for tables of audio"
+        )
+    return paths, containers
 
 
 def _containers(folder: Path, names: Sequence[str]) -> Sequence[str]:
@@ -65,11 +82,6 @@ def _saved_files(folder: Path) -> Sequence[str]:
 
 
 def _class_folders(folder: Path, paths: Sequence[str]) -> FoundAudio:
-    if not paths:
-        looked_for = " ".join((*FOLDER_SUFFIXES, ".tar"))
-        raise found_error(
-            folder, f"no audio file below it; looked for {looked_for} and for tables of audio"
-        )
     levels = [path.split("/")[:-1] for path in paths]
     first_levels = {level[0] if level else "" for level in levels}
     splits = None
