@@ -38,7 +38,7 @@ ELEMENT_BUDGET = 2**33
 """Resamples x clips x classes x seeds that a probe may cost on one split: see docs/statistics.md
 for what was measured."""
 MIN_RESAMPLES = 100
-BLOCK_ELEMENTS = 2**19
+BLOCK_ELEMENTS = 2**21
 
 
 def affordable_resamples(n_resamples: int, *, n_seeds: int, n_clips: int, n_classes: int) -> int:

@@ -115,6 +115,30 @@ def resample(targets: Array, finals: Array, *, multi_label: bool) -> None:
     print(f"bootstrap of {n_seeds} seeds, all {kind} metrics, {n_draws} resamples: {took}")
 
 
+def measure(asked: argparse.Namespace, *, multi_label: bool) -> None:
+    random = np.random.default_rng(0)
+    targets = labels(asked.clips, asked.classes, random)
+    if not multi_label:
+        targets = np.eye(asked.classes, dtype=np.float32)[targets.argmax(axis=1)]
+    trials, metrics = (
+        trials_of(targets, asked.trials, random),
+        metric_names(multi_label=multi_label),
+    )
+    print(
+        f"\n{'multi-label' if multi_label else 'multi-class'}: {asked.trials} trials x "
+        f"{asked.clips} clips x {asked.classes} classes, "
+        f"{targets.sum() / len(targets):.2f} labels a clip"
+    )
+    print(f"scikit-learn on {asked.peer_trials} of them, multiplied up")
+    print(f"{'clock, processor s':18} {'patchbank':>15} {'scikit-learn':>15} {'ratio':>15}")
+    for metric in metrics:
+        judge(metric, targets, trials, n_peer=min(asked.peer_trials, asked.trials))
+    finals = trials[: asked.seeds]
+    took, _ = timed(lambda: [score_trials(metric, targets, finals) for metric in metrics])
+    print(f"all metrics of {len(finals)} seeds: {took}")
+    resample(targets, finals, multi_label=multi_label)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (("trials", 50), ("clips", 20_000), ("classes", 527), ("peer-trials", 1)):
@@ -122,30 +146,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="of the bootstrap")
     asked = parser.parse_args()
     print(describe(machine_facts(Path.cwd())))
-    random = np.random.default_rng(0)
     for multi_label in (True, False):
-        targets = labels(asked.clips, asked.classes, random)
-        if not multi_label:
-            targets = np.eye(asked.classes, dtype=np.float32)[targets.argmax(axis=1)]
-        trials = trials_of(targets, asked.trials, random)
-        kind = "multi-label" if multi_label else "multi-class"
-        print(
-            f"\n{kind}: {asked.trials} trials x {asked.clips} clips x {asked.classes} classes, "
-            f"{targets.sum() / len(targets):.2f} labels a clip"
-        )
-        print(f"scikit-learn on {asked.peer_trials} of them, multiplied up")
-        print(f"{'clock, processor s':18} {'patchbank':>15} {'scikit-learn':>15} {'ratio':>15}")
-        for metric in metric_names(multi_label=multi_label):
-            judge(metric, targets, trials, n_peer=min(asked.peer_trials, asked.trials))
-        finals = trials[: asked.seeds]
-        took, _ = timed(
-            lambda finals=finals, targets=targets, multi_label=multi_label: [
-                score_trials(metric, targets, finals)
-                for metric in metric_names(multi_label=multi_label)
-            ]
-        )
-        print(f"all metrics of {len(finals)} seeds: {took}")
-        resample(targets, finals, multi_label=multi_label)
+        measure(asked, multi_label=multi_label)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     n_bytes = 4 * asked.trials * asked.clips * asked.classes
     print(f"\npeak memory {peak / 2**30:.2f} GiB, of which {n_bytes / 2**30:.2f} GiB are scores")
