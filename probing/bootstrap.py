@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import scipy.sparse
@@ -117,77 +118,85 @@ def interval(samples: Samples, *, level: float = 0.95) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class _Curve:
-    """Clips from the highest to the lowest score, cut where a positive's tie begins or ends.
+    """Clips from the highest to the lowest score, cut after each tie that has a positive.
 
     Between two cuts no threshold matters, so a resample needs one sum a stretch, not one a clip.
     """
 
     stretches: scipy.sparse.csr_matrix
-    """(2 threshold + 1, clip): what lies above each threshold, then at it; last what lies below."""
+    """(threshold + 1, clip): down to and with each threshold's tie; last what lies below."""
     positives: scipy.sparse.csr_matrix
     """(threshold, clip): the positives at each threshold; every threshold has some."""
+    ties: scipy.sparse.csr_matrix
+    """(tie, clip): all at those thresholds where negatives are too."""
+    is_tied: Bool[np.ndarray, " threshold"]
 
 
 def _curve(
     scores: Float[np.ndarray, " element"], truth: Bool[np.ndarray, " element"], *, n_classes: int
 ) -> _Curve:
-    n_clips = len(scores) // n_classes
-    order = np.argsort(scores)
-    ordered, positive = scores[order], np.flatnonzero(truth[order])
-    thresholds, n_tied = np.unique(ordered[positive], return_counts=True)
-    begin, end = (np.searchsorted(ordered, thresholds, side=side) for side in ("left", "right"))
-    # From the highest score: the k-th threshold from the top begins where it ends from below.
-    ends = np.stack([len(order) - end[::-1], len(order) - begin[::-1]], axis=1).ravel()
-    clips = order[::-1] // n_classes
+    n_elements, n_clips = len(scores), len(scores) // n_classes
+    order = np.argsort(scores)[::-1]
+    clips, ordered, positive = order // n_classes, scores[order], np.flatnonzero(truth[order])
+    thresholds, n_positives = np.unique(-ordered[positive], return_counts=True)
+    begin, end = (np.searchsorted(-ordered, thresholds, side=side) for side in ("left", "right"))
+    is_tied = end - begin > n_positives
+    ties = [clips[start:stop] for start, stop in zip(begin[is_tied], end[is_tied], strict=True)]
     return _Curve(
-        _rows_of_ones(clips, np.concatenate([[0], ends, [len(order)]]), n_clips),
-        _rows_of_ones(
-            order[positive[::-1]] // n_classes, np.append(0, np.cumsum(n_tied[::-1])), n_clips
-        ),
+        _rows_of_ones(clips, np.diff(end, prepend=0, append=n_elements), n_clips),
+        _rows_of_ones(clips[positive], n_positives, n_clips),
+        _rows_of_ones(np.concatenate([clips[:0], *ties]), (end - begin)[is_tied], n_clips),
+        is_tied,
     )
 
 
 def _rows_of_ones(
-    clips: Int[np.ndarray, " element"], ends: Int[np.ndarray, " end"], n_clips: int
+    clips: Int[np.ndarray, " element"], lengths: Int[np.ndarray, " row"], n_clips: int
 ) -> scipy.sparse.csr_matrix:
     # 16-bit ones: a product has the wider type of its factors, which the weights then decide.
-    ones = np.ones(len(clips), dtype=np.int16)
-    return scipy.sparse.csr_matrix((ones, clips, ends), shape=(len(ends) - 1, n_clips))
+    ones, ends = np.ones(len(clips), dtype=np.int16), np.append(0, np.cumsum(lengths))
+    return scipy.sparse.csr_matrix((ones, clips, ends), shape=(len(lengths), n_clips))
 
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Drawn clips around each threshold, exact integers."""
+    """Drawn clips around each threshold, exact."""
 
-    positives: Float[np.ndarray, "threshold drawn"]
+    positives: Integer[np.ndarray, "threshold drawn"]
     """Positives at the threshold."""
-    hits: Float[np.ndarray, "threshold drawn"]
+    hits: Integer[np.ndarray, "threshold drawn"]
     """Positives at or above it."""
-    before: Float[np.ndarray, "threshold drawn"]
-    """Clips above it."""
-    through: Float[np.ndarray, "threshold drawn"]
+    through: Integer[np.ndarray, "threshold drawn"]
     """Clips at or above it."""
-    total: Float[np.ndarray, " drawn"]
+    total: Integer[np.ndarray, " drawn"]
 
 
 def _draw(curve: _Curve, weights: Weights) -> _Drawn:
-    above = np.cumsum(curve.stretches @ weights, axis=0, dtype=np.float64)
-    positives = (curve.positives @ weights).astype(np.float64)
-    return _Drawn(positives, np.cumsum(positives, axis=0), above[:-1:2], above[1::2], above[-1])
+    positives, above = curve.positives @ weights, _summed(curve.stretches @ weights)
+    return _Drawn(positives, _summed(positives), above[:-1], above[-1])
+
+
+def _summed(counts: Integer[np.ndarray, "row drawn"]) -> Integer[np.ndarray, "row drawn"]:
+    """Sums down to each row; converted before, which numpy does several times as fast."""
+    dtype = np.int64 if counts.dtype == np.int64 else np.int32
+    return np.cumsum(counts.astype(dtype), axis=0, dtype=dtype)
 
 
 def _average_precision(drawn: _Drawn) -> Float[np.ndarray, " drawn"]:
     """Sum over thresholds of precision x gain in recall, as scikit-learn defines it."""
     precision = drawn.hits / np.maximum(drawn.through, 1)
-    return _ratio((precision * drawn.positives).sum(axis=0), drawn.hits[-1])
+    precision *= drawn.positives
+    return _ratio(precision.sum(axis=0), drawn.hits[-1])
 
 
-def _roc_area(drawn: _Drawn) -> Float[np.ndarray, " drawn"]:
+def _roc_area(drawn: _Drawn, curve: _Curve, weights: Weights) -> Float[np.ndarray, " drawn"]:
     """Share of (positive, negative) pairs in the right order, ties for a half: the ROC's area."""
     n_negatives = drawn.total - drawn.hits[-1]
-    below = n_negatives - (drawn.through - drawn.hits)
-    tied = drawn.through - drawn.before - drawn.positives
-    return _ratio((drawn.positives * (below + tied / 2)).sum(axis=0), drawn.hits[-1] * n_negatives)
+    pairs = (n_negatives - drawn.through + drawn.hits).astype(np.float64)
+    if curve.is_tied.any():
+        pairs[curve.is_tied] += (curve.ties @ weights - drawn.positives[curve.is_tied]) / 2
+    pairs *= drawn.positives
+    return _ratio(pairs.sum(axis=0), drawn.hits[-1].astype(np.float64) * n_negatives)
 
 
 def _by_class(
@@ -205,8 +214,8 @@ def _by_class(
         seed, part = place
         curve = _curve(scores[seed][:, judged[part]], parts[part], n_classes=1)
         drawn = [_draw(curve, weights) for weights in blocks]
-        areas = _average_precision, _roc_area
-        return np.stack([np.concatenate([area(one) for one in drawn]) for area in areas])
+        areas = [_roc_area(*pair) for pair in zip(drawn, repeat(curve), blocks)]
+        return np.stack([np.concatenate([*map(_average_precision, drawn)]), np.concatenate(areas)])
 
     means = []
     for seed in range(len(scores)):
@@ -220,7 +229,7 @@ def _micro(truth: Truth, scores: SeedScores, draws: Draws) -> Samples:
     n_positives = int(np.count_nonzero(truth))
     if not n_positives:
         return np.full(len(draws), np.nan)
-    blocks = _blocks(draws, n_rows=max(len(truth), 2 * n_positives), n_classes=truth.shape[1])
+    blocks = _blocks(draws, n_rows=max(len(truth), n_positives), n_classes=truth.shape[1])
     total = np.zeros(len(draws))
     for one in scores:
         curve = _curve(one.ravel(), truth.ravel(), n_classes=truth.shape[1])
@@ -258,8 +267,8 @@ def _blocks(draws: Draws, *, n_rows: int, n_classes: int = 1) -> list[Weights]:
     """The draws in parts whose sums over `n_rows` rows fit a bounded scratch."""
     size = max(1, BLOCK_ELEMENTS // n_rows)
     most = int(draws.sum(axis=1, dtype=np.int64).max()) * n_classes
-    # Sums of 16-bit integers are several times as fast.
-    dtype = np.int16 if most <= np.iinfo(np.int16).max else np.int32
+    # The smaller the integers, the faster are their sums.
+    dtype = next(one for one in (np.int16, np.int32, np.int64) if most <= np.iinfo(one).max)
     return [
         np.ascontiguousarray(draws[start : start + size].T.astype(dtype))
         for start in range(0, len(draws), size)
