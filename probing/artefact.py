@@ -267,7 +267,12 @@ def array_shapes(artefact: ProbeArtefact) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _check_weights(folder: Path, artefact: ProbeArtefact) -> None:
-    found, expected = array_shapes(artefact)
+    try:
+        found, expected = array_shapes(artefact)
+    except (RuntimeError, MemoryError) as error:
+        if artefact.plugin:
+            raise
+        raise damaged(folder, error) from error  # sizes that no memory holds
     if found != expected:
         raise TrialError(
             f"found arrays {found} in {folder / 'probe.safetensors'}, expected {expected}; the "

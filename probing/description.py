@@ -35,7 +35,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         )
     try:
         return _parsed(fields)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise damaged(folder, error) from error
 
 
@@ -113,5 +113,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _shape(fields: Mapping[str, Any]) -> ProbeShape:
-    grid = fields.get("grid")
-    return ProbeShape(**{**fields, "grid": None if grid is None else tuple(grid)})
+    grid = None if fields.get("grid") is None else tuple(fields["grid"])
+    if grid is not None and len(grid) != 2:
+        raise ValueError(f"grid is {list(grid)}, no (time, freq)")
+    least = {"dim": 1, "n_classes": 1, "n_layers": 1, "n_prefix": 0}
+    sizes = [(fields[name], least[name]) for name in least if name in fields]
+    for value, lowest in (*sizes, *((one, 1) for one in grid or ())):
+        if type(value) is not int or value < lowest:
+            raise ValueError(f"shape is {dict(fields)}, no sizes of tokens")
+    return ProbeShape(**{**fields, "grid": grid})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from patchbank.pipeline.extraction import ExtractionSettings, extract
 from patchbank.pipeline.specs import WindowSpec
 from patchbank.probing.artefact import ProbeArtefact
 from patchbank.probing.entries import parse_probe
+from patchbank.probing.frames import TIMELESS
 from patchbank.probing.probes.base import ProbeShape
 from patchbank.probing.run import run_training
 from patchbank.probing.settings import TrainSettings
@@ -397,3 +399,26 @@ def test_another_encoder_is_refused_before_a_row(job: Path, tmp_path: Path) -> N
 def test_an_open_bank_is_labelled_too(job: Path) -> None:
     rows = list(Predictor(job / "run").bank(open_bank(job / "fake.bank")))
     assert len(rows) == 32
+
+
+PAGE = (Path(__file__).parents[1] / "docs/predict.md").read_text(encoding="utf-8")
+
+
+def test_the_page_has_every_option_and_every_field(
+    job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(["predict", "--help"]) == 0
+    options = set(re.findall(r"--[a-z]+", capsys.readouterr().out)) - {"--help"}
+    assert len(options) > 10
+    assert {
+        option for option in options if f"`{option}" not in PAGE and option != "--bank"
+    } == set()
+    stored = json.loads((job / "run/linear/probe.json").read_text())
+    names = {*stored, *stored["training"], *stored["validation"], *stored["shape"]}
+    assert {name for name in names if f"`{name}`" not in PAGE} == set()
+
+
+def test_the_page_names_the_probes_that_have_frames() -> None:
+    text = " ".join(PAGE.split())
+    assert f"says something to: {', '.join(TIMELESS)}, mixes of layers" in text
