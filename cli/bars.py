@@ -339,7 +339,7 @@ def progress_lines() -> Iterator[Callable[[TrainingProgress | Validated], None]]
     from patchbank.probing.training import Validated
 
     with ExitStack() as stack:
-        current = stack.enter_context(Bar("train", EPOCHS, vanishes=True))
+        current = stack.enter_context(Bar("prepare", EPOCHS, vanishes=True))
         scored_s = current.state.began_s
 
         def show(state: TrainingProgress | Validated) -> None:
