@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from patchbank.cli import bars
-from patchbank.cli.bars import BYTES, CLIPS, Bar, Pace, State, Unit, clock, phase
+from patchbank.cli import bars, progress_text
+from patchbank.cli.bars import Bar, phase
 from patchbank.cli.main import main
+from patchbank.cli.progress_text import BYTES, CLIPS, Pace, State, Unit, clock
 
 DRAWN = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]|━")
 """Control characters but the end of a line, and what bars are drawn with."""
@@ -22,7 +23,7 @@ DRAWN = re.compile(r"[\x00-\x09\x0b-\x1f\x7f]|━")
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines come at once, as of work that takes long."""
-    monkeypatch.setattr(bars, "FIRST_LINE_S", 0.0)
+    monkeypatch.setattr(progress_text, "FIRST_LINE_S", 0.0)
     monkeypatch.setattr(bars, "TICK_S", 0.005)
 
 

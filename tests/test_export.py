@@ -290,3 +290,12 @@ def test_programs_are_named_pt2(
 ) -> None:
     assert main(["export", str(run / "run"), "--out", str(tmp_path / "model.onnx")]) == 2
     assert "ends in .pt2" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_page_has_every_option_and_says_the_bound(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs/export.md").read_text("utf-8")
+    assert main(["export", "--help"]) == 0
+    known = set(re.findall(r"--[a-z]+", capsys.readouterr().out)) - {"--help"}
+    table = page[page.index("| option |") :].split("\n\n")[0]
+    assert set(re.findall(r"--[a-z]+", table)) == known
+    assert f"Above {BOUND:.0e}".replace("e-0", "e-") in page
