@@ -78,6 +78,8 @@ def artefact_of(
         layers=(layer.layer,),
         encoder_id=encoder.spec.encoder_id,
         encoder=json.loads(json.dumps(encoder.spec.identity())),
+        temperature=2.5,
+        thresholds=(0.2, 0.5, 0.7),
         window={"window_s": window_s, "hop_s": window_s, "pad": "zero"},
         tokens={"stored_dtype": dtype, "mask_padding": False},
     )
@@ -199,7 +201,8 @@ def test_a_program_rounds_tokens_as_the_bank_did(tmp_path: Path) -> None:
         stream = open_stream(artefact, weights=None, encoder=None, device="cpu")
         check = write_program(artefact, stream, tmp_path / "model.pt2", any_batch=False)
         assert check.largest_difference < 2e-6
-        module, _ = load_program(tmp_path / "model.pt2")
+        module, facts = load_program(tmp_path / "model.pt2")
+        assert facts["thresholds"] == [0.2, 0.5, 0.7]
         found.append(module(0.1 * torch.ones(1, 16_000).cumsum(1).sin()))
     assert (found[0] - found[1]).abs().max() > 1e-4
 
