@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
     from patchbank.pipeline.extraction import Progress as ExtractionProgress
-    from patchbank.probing.training import Progress as TrainingProgress
-    from patchbank.probing.training import Validated
+    from patchbank.probing.training import Event
 
 TICK_S = 0.1
 FIRST_DRAWN_S = 0.5
@@ -205,26 +204,23 @@ def clip_bar(title: str) -> Iterator[Callable[[ExtractionProgress], None]]:
 
 
 @contextmanager
-def progress_lines() -> Iterator[Callable[[TrainingProgress | Validated], None]]:
+def progress_lines() -> Iterator[Callable[[Event], None]]:
     """A bar for each stage of training, one after the other: epochs, the time left."""
-    from patchbank.probing.training import Validated
+    from patchbank.probing.training import Step as TrainingStep
 
     with ExitStack() as stack:
         current = stack.enter_context(Bar("prepare", EPOCHS, vanishes=True))
-        scored_s = current.state.began_s
 
-        def show(state: TrainingProgress | Validated) -> None:
-            nonlocal current, scored_s
-            if isinstance(state, Validated):
-                scored_s = time.monotonic()
+        def show(event: Event) -> None:
+            nonlocal current
+            if not isinstance(event, TrainingStep):
                 return
-            if state.stage != current.state.title:
+            if event.stage != current.state.title:
                 stack.close()
-                # A stage is heard of after its first epoch, and begins where the last one ended.
-                bar = Bar(state.stage, EPOCHS, vanishes=True, began_s=scored_s)
-                current = stack.enter_context(bar)
-            is_last = state.epoch == state.n_epochs
-            current.step(state.epoch, state.n_epochs, "scoring" if is_last else "")
+                current = stack.enter_context(Bar(event.stage, EPOCHS, vanishes=True))
+            done = event.n_epochs * event.n_steps_done / event.n_steps
+            is_last = event.n_steps_done == event.n_steps
+            current.step(done, event.n_epochs, "scoring" if is_last else "")
 
         yield show
 

@@ -19,6 +19,8 @@ class Unit:
 
     name: str
     has_speed: bool = False
+    tells_start: bool = False
+    """Its first step says where the work begins, which need not be at zero."""
     is_bytes: bool = False
 
     def amount(self, completed: float, total: float) -> str:
@@ -40,7 +42,7 @@ class Unit:
 
 
 CLIPS = Unit("clips", has_speed=True)
-EPOCHS = Unit("epochs")
+EPOCHS = Unit("epochs", tells_start=True)
 BYTES = Unit("bytes", has_speed=True, is_bytes=True)
 
 
@@ -83,7 +85,7 @@ class State:
     _samples: deque[tuple[float, float]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
-        if not self.unit.has_speed:
+        if not self.unit.has_speed and not self.unit.tells_start:
             # Of clips and bytes the first ones come late, and say nothing of the others.
             self._samples.append((self.began_s, 0.0))
 

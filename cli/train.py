@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from patchbank.cli.bars import progress_lines
+from patchbank.cli.bars import phase, progress_lines
 from patchbank.cli.choices import Loss, TaskKind, Tier
 from patchbank.cli.typed_command import TYPED
 
@@ -154,7 +154,9 @@ def train_probe(
     options = TrainOptions.resolve(flags, file=config, preset=preset)
     if not options.labels:
         raise typer.BadParameter("give a table of labels: --labels LABELS.csv")
-    opened, tables = open_bank(bank), list(dict.fromkeys(options.labels))
+    with phase("open"):
+        opened = open_bank(bank)
+    tables = list(dict.fromkeys(options.labels))
     entries, chosen = options.entries(opened.layers)
     with open_log(log_to, out) as log, progress_lines() as progress:
         results = run_training(

@@ -15,10 +15,7 @@ from patchbank.pipeline.errors import TrialError
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from patchbank.probing.training import Progress, TrialValue, Validated
-    from patchbank.probing.trials import Trial
-
-    Event = Progress | Validated
+    from patchbank.probing.training import Event, TrialValue
 
 TENSORBOARD = "tensorboard"
 
@@ -35,12 +32,14 @@ class TensorBoardLog:
         self.folder, self._new = folder, _writer_class()
         self._stage = ""
         self._writers: dict[str, SummaryWriter] = {}
-        self._numbers: dict[str, dict[Trial, int]] = {}
+        self._told: set[tuple[str, int]] = set()
 
     def note(self, event: Event) -> None:
         """Writes what an epoch or a validation gave."""
-        from patchbank.probing.training import Progress
+        from patchbank.probing.training import Progress, Step
 
+        if isinstance(event, Step):
+            return
         if event.stage != self._stage:
             self.close()
             self._stage = event.stage
@@ -71,15 +70,13 @@ class TensorBoardLog:
 
     def _writer(self, probe: str, one: TrialValue, *, purge_step: int | None) -> SummaryWriter:
         trial = one.trial
-        numbers = self._numbers.setdefault(probe, {})
-        is_new = trial not in numbers
-        number = numbers.setdefault(trial, len(numbers))
         is_final = self._stage.split(" ")[-1] == "final"
-        run = f"seed {trial.seed}" if is_final else f"trial {number:02}"
+        run = f"seed {trial.seed}" if is_final else f"trial {one.number:02}"
         if run not in self._writers:
             place = self.folder / self._stage.replace("/", " of ") / run
             self._writers[run] = self._new(str(place), purge_step=purge_step)
-        if is_new:
+        if (probe, one.number) not in self._told:
+            self._told.add((probe, one.number))
             text = f"learning rate {trial.learning_rate:.3g}, weight decay {trial.weight_decay:.3g}"
             self._writers[run].add_text(f"{probe}/setting", f"{text}, seed {trial.seed}")
         return self._writers[run]
@@ -88,7 +85,7 @@ class TensorBoardLog:
         """Writes what is still in memory."""
         for writer in self._writers.values():
             writer.close()
-        self._writers, self._numbers = {}, {}
+        self._writers, self._told = {}, set()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from patchbank.probing.plan import BatchRows
 from patchbank.probing.run_state import RunState
 from patchbank.probing.settings import TrainSettings
 from patchbank.probing.study import Study, Task
-from patchbank.probing.training import OnProgress, Training, TrialValue, Validated
+from patchbank.probing.training import OnProgress, Training, TrialValue, Validated, trial_values
 
 Scores = Float[np.ndarray, "seed _ _"]
 """(seed, clip, class); clips and classes differ between label sets."""
@@ -73,7 +73,7 @@ class Job:
         rows = [study.task.split.valid for study in studies]
         scores = self.scores(studies, courses, rows)
         values = [
-            trial_values(study.task, course, scored)
+            validation_values(study.task, course, scored)
             for study, course, scored in zip(studies, courses, scores, strict=True)
         ]
         self._report(studies, training, values)
@@ -85,7 +85,7 @@ class Job:
         found: dict[str, dict[str, tuple[TrialValue, ...]]] = {}
         for study, course, judged in zip(studies, training.courses, values, strict=True):
             metric: str = primary_metric(multi_label=study.task.multi_label)
-            pairs = tuple(map(TrialValue, course.stack.trials, judged))
+            pairs = trial_values(course.stack, judged)
             found.setdefault(metric, {})[study.name] = pairs
         for metric, named in found.items():
             if self.progress is not None:
@@ -112,7 +112,7 @@ def stage_name(studies: Sequence[Study], stage: str) -> str:
     return stage if split == "split" else f"{split} {stage}"
 
 
-def trial_values(task: Task, course: Course, scores: Scores) -> tuple[float, ...]:
+def validation_values(task: Task, course: Course, scores: Scores) -> tuple[float, ...]:
     """Each trial's primary metric on validation clips, -inf where it diverged."""
     metric = primary_metric(multi_label=task.multi_label)
     finite = course.stack.is_finite.cpu().numpy() & np.isfinite(scores).all(axis=(1, 2))

@@ -19,7 +19,7 @@ from patchbank.pipeline.errors import TrialError
 from patchbank.probing.batch import TokenSource
 from patchbank.probing.checkpoint import State
 from patchbank.probing.entries import Entry
-from patchbank.probing.job import Job, Scores, stage_name, trial_values
+from patchbank.probing.job import Job, Scores, stage_name, validation_values
 from patchbank.probing.metrics import left_out, primary_metric
 from patchbank.probing.probes.base import Probe, Weights
 from patchbank.probing.search import Candidate, choose, search
@@ -157,7 +157,7 @@ def _final(
             tuple(course.stack.weights_of(index) for index in range(len(seeds))),
             valid_scores,
             test_scores,
-            trial_values(study.task, course, valid_scores),
+            validation_values(study.task, course, valid_scores),
         )
         for study, course, tried, (valid_scores, test_scores) in zip(
             studies, courses, candidates, judged, strict=True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from patchbank.probing.batch import Batch, TokenSource
 from patchbank.probing.checkpoint import Checkpoint, State
+from patchbank.probing.memory import MemoryStack
 from patchbank.probing.optimiser import cosine_factor
 from patchbank.probing.passes import BatchTokens, Course, Part, last_layer, union
 from patchbank.probing.plan import BatchRows, batches
@@ -50,14 +51,34 @@ class Validated:
     values: dict[str, tuple[TrialValue, ...]]
 
 
+@dataclass(frozen=True)
+class Step:
+    """A stage has begun or gone on, or a batch of it is done."""
+
+    stage: str
+    n_steps_done: int
+    n_steps: int
+    n_epochs: int
+
+
 class TrialValue(NamedTuple):
     """A number that belongs to a trial."""
 
     trial: Trial
     value: float
+    number: int
+    """Of the trial among those that began together."""
 
 
-OnProgress = Callable[[Progress | Validated], None]
+Event = Step | Progress | Validated
+OnProgress = Callable[[Event], None]
+
+
+def trial_values(
+    stack: TrialStack | MemoryStack, values: Iterable[float]
+) -> tuple[TrialValue, ...]:
+    """One number for each trial of a stack."""
+    return tuple(map(TrialValue, stack.trials, values, stack.kept))
 
 
 def fit(
@@ -125,6 +146,7 @@ class Training:
     def run(self, until: int | None = None) -> None:
         """Trains up to and with epoch `until` (1-based), or to the end."""
         last = self.n_epochs if until is None else min(until, self.n_epochs)
+        self._tell_step()
         with stopping_between_batches() as wants_to_stop:
             while self.epoch < last:
                 self._run_epoch(self.epoch, wants_to_stop)
@@ -147,6 +169,7 @@ class Training:
                 if pupil.learns or epoch == 0:
                     pupil.step(batch, tokens, factor=factor)
             self.n_steps_done += 1
+            self._tell_step()
             if wants_to_stop():
                 self.save()
                 raise KeyboardInterrupt
@@ -154,6 +177,10 @@ class Training:
         losses = {one.name: one.mean_losses() for one in self._pupils if one.learns}
         if self._progress is not None:
             self._progress(Progress(self.stage, epoch + 1, self.n_epochs, losses))
+
+    def _tell_step(self) -> None:
+        if self._progress is not None:
+            self._progress(Step(self.stage, self.n_steps_done, self.n_steps, self.n_epochs))
 
     def keep(self, kept: Sequence[Sequence[int]]) -> None:
         """Leaves all trials of each course behind but those at these places."""
@@ -276,7 +303,7 @@ class _Pupil:
         """The mean loss of each trial since it was asked last."""
         means = self._total.nan_to_num(nan=math.inf, posinf=math.inf) / max(1, self._n_steps)
         self.begin_epoch()
-        return tuple(map(TrialValue, self._course.stack.trials, means.tolist()))
+        return trial_values(self._course.stack, means.tolist())
 
     def begin_epoch(self) -> None:
         """Forgets the losses, of all trials that are left."""

@@ -17,7 +17,7 @@ from patchbank.probing.probes.knn import KnnProbe
 from patchbank.probing.probes.tokens import Tokens
 from patchbank.probing.settings import TrainSettings
 from patchbank.probing.splits import Split
-from patchbank.probing.training import Progress, Validated
+from patchbank.probing.training import Event, Progress, Step, Validated
 
 ROWS = np.arange(120)
 SPLIT = Split("split", ROWS[:70], ROWS[70:90], ROWS[90:])
@@ -82,13 +82,14 @@ def test_blocks_of_clips_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_it_reads_the_training_clips_once_and_its_seeds_agree() -> None:
     tokens, targets = needle_tokens(120)
-    events: list[Progress | Validated] = []
+    events: list[Event] = []
     arguments = {"multi_label": True, "settings": SETTINGS}
     [alone] = train(
         ArraySource(tokens), targets, SPLIT, probes=["knn"], progress=events.append, **arguments
     )
-    assert events[0] == Progress("final", 1, 1, {})
-    assert [type(event) for event in events[1:]] == [Validated]
+    epoch, judged = (one for one in events if not isinstance(one, Step))
+    assert epoch == Progress("final", 1, 1, {})
+    assert isinstance(judged, Validated)
     beside = train(ArraySource(tokens), targets, SPLIT, probes=["linear", "knn"], **arguments)[1]
     assert np.array_equal(alone.test_scores, beside.test_scores)
     assert np.array_equal(alone.test_scores[0], alone.test_scores[1])

@@ -27,7 +27,7 @@ from patchbank.probing.settings import Point, SearchSettings, TrainSettings
 from patchbank.probing.splits import Split
 from patchbank.probing.study import Task, course_of, study_of
 from patchbank.probing.train_options import TrainOptions
-from patchbank.probing.training import Progress, Training, Validated
+from patchbank.probing.training import Event, Progress, Training, Validated
 from patchbank.probing.trial_log import Ranges, TrialLog, open_storage
 
 ROWS = np.arange(120)
@@ -38,7 +38,7 @@ SEARCH = SearchSettings(
 SETTINGS = TrainSettings(
     n_epochs=3, n_seeds=2, batch_size=16, search=SEARCH, n_resamples=50, device="cpu"
 )
-Events = list[Progress | Validated]
+Events = list[Event]
 
 
 def run(probes: list[str | Entry], settings: TrainSettings = SETTINGS) -> tuple[Outcome, ...]:

@@ -23,7 +23,7 @@ from patchbank.probing.results import format_scores
 from patchbank.probing.search import Candidate, choose
 from patchbank.probing.settings import SearchSettings, TrainSettings
 from patchbank.probing.splits import Split
-from patchbank.probing.training import Progress, Validated
+from patchbank.probing.training import Event, Progress, Step, Validated
 
 N_CLIPS = 240
 ROWS = np.arange(N_CLIPS)
@@ -98,7 +98,7 @@ def test_one_read_an_epoch_serves_all_probes_and_the_test_split_is_read_once_at_
 
 def test_one_learning_rate_needs_no_search() -> None:
     tokens, targets = needle_tokens(N_CLIPS)
-    events: list[Progress | Validated] = []
+    events: list[Event] = []
     [outcome] = train(
         ArraySource(tokens),
         targets,
@@ -108,7 +108,7 @@ def test_one_learning_rate_needs_no_search() -> None:
         settings=replace(TINY, learning_rates={"linear": (1e-3,)}),
         progress=events.append,
     )
-    first, second, judged = events
+    first, second, judged = (one for one in events if not isinstance(one, Step))
     assert isinstance(first, Progress)
     assert isinstance(second, Progress)
     assert [(one.stage, one.epoch, one.n_epochs) for one in (first, second)] == [
