@@ -85,7 +85,7 @@ def _counted(found: Mapping[str, Any]) -> str:
 
 
 def _tested(found: Mapping[str, Any]) -> str:
-    n_pairs, n_resamples = len(found["comparisons"]), found["n_resamples"]
+    n_pairs, n_resamples = found["n_pairs"], found["n_resamples"]
     parts = [
         f"{found['n_groups']} groups of test clips resampled {n_resamples} times",
         f"p corrected for {n_pairs} pair{'s' * (n_pairs > 1)} (Holm)",

@@ -38,18 +38,13 @@ class Contestant:
     """How many groups of clips were resampled."""
 
 
-def compare(
-    contestants: Sequence[Contestant], *, metric: str, all_pairs: bool = True
-) -> list[dict[str, Any]]:
-    """Rows of `comparisons`, each of a better probe `a` and another one `b`.
+def compare(contestants: Sequence[Contestant], *, metric: str) -> list[dict[str, Any]]:
+    """Rows of `comparisons`, each of a better probe `a` and another one `b`, all pairs.
 
-    All pairs, or only those with the best. Draws are made in sequence, so where contestants have
-    unequally many samples the common first ones are compared.
+    Those of the best come first. Draws are made in sequence, so where contestants have unequally
+    many samples the common first ones are compared.
     """
-    ranked = best_first(contestants)
-    pairs = list(combinations(ranked, 2))
-    if not all_pairs:
-        pairs = pairs[: len(ranked) - 1]
+    pairs = combinations(best_first(contestants), 2)
     rows = [{"metric": metric, "split": "test", **_difference(a, b)} for a, b in pairs]
     for row, p_holm in zip(rows, holm([row["p"] for row in rows]), strict=True):
         row["p_holm"] = p_holm

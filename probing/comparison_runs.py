@@ -55,6 +55,7 @@ def compare_runs(
         if not probes or probe in probes
     }
     contestants = [_contestant(name, *place, metric) for name, place in places.items()]
+    comparisons = compare(contestants, metric=metric)
     return {
         "metric": metric,
         "n_groups": runs[0].results["bootstrap_over"]["n_groups"],
@@ -62,7 +63,9 @@ def compare_runs(
         "n_resamples": min(len(one.samples) for one in contestants),
         "n_resamples_of_runs": {run.name: run.results["n_resamples"] for run in runs},
         "scores": [_row(one.name, *places[one.name], metric) for one in best_first(contestants)],
-        "comparisons": compare(contestants, metric=metric, all_pairs=all_pairs),
+        "n_pairs": len(comparisons),
+        # Whichever is the best, the data chose it: p is corrected for all pairs in any case.
+        "comparisons": comparisons if all_pairs else comparisons[: len(contestants) - 1],
     }
 
 

@@ -214,6 +214,9 @@ def test_the_tables_fit_80_columns_and_json_holds_the_same(
     assert main(["compare", str(first), str(other), "--all-pairs", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == compare_runs([first, other], all_pairs=True)
+    short = compare_runs([first, other])
+    assert short["comparisons"] == found["comparisons"][: len(found["scores"]) - 1]
+    assert short["n_pairs"] == found["n_pairs"] == 6
     best = found["scores"][0]
     assert f"{best['mean']:.4f} ± {best['std']:.4f}" in words
     assert f"{found['comparisons'][0]['difference']:+.4f}" in words
