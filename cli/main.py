@@ -47,6 +47,8 @@ app.add_typer(bank.app, name="bank")
 
 
 INTERRUPTED = 130
+GO_ON = (["demo"], ["extract"], ["train-probe"])
+"""Commands that go on where they were stopped."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         # typer turns Ctrl-C into this code.
         if stop.code == INTERRUPTED:
-            print("interrupted; the same command goes on from here", file=sys.stderr)
+            goes_on = "; the same command goes on from here" if typed[:1] in GO_ON else ""
+            print(f"interrupted{goes_on}", file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
 

@@ -183,7 +183,7 @@ def train_probe(
         if log is not None:
             for name, found in (results if len(tables) > 1 else {"": results}).items():
                 log.conclude(found, name)
-    write_text(out / "settings.toml", options.to_toml())
+    write_text(out / "settings.toml", options.to_toml(out))
     if json_output:
         print(json.dumps(results))
         return

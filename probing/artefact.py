@@ -22,7 +22,7 @@ from torch import Tensor
 
 from patchbank.pipeline.errors import BankMismatch, TrialError
 from patchbank.pipeline.specs import differing_fields
-from patchbank.probing.atomic import write_atomically, write_json
+from patchbank.probing.atomic import write_json, write_tensors
 from patchbank.probing.batch import Batch
 from patchbank.probing.calibration import probabilities_of
 from patchbank.probing.description import FORMAT, damaged, label_map, read_description
@@ -197,9 +197,7 @@ def save_probe(folder: Path, artefact: ProbeArtefact) -> None:
     """Writes both files, the description last: where it exists, the probe is complete."""
     (folder / "probe.json").unlink(missing_ok=True)
     weights = {key: value.float().contiguous() for key, value in artefact.weights.items()}
-    write_atomically(
-        folder / "probe.safetensors", lambda path: safetensors.torch.save_file(weights, path)
-    )
+    write_tensors(folder / "probe.safetensors", weights)
     facts = {one.name: getattr(artefact, one.name) for one in fields(artefact)}
     del facts["weights"], facts["plugin"]
     facts |= {"classes": label_map(artefact.classes), "shape": asdict(artefact.shape)}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -20,6 +24,21 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """A safetensors file; `OSError` where it cannot be written, the disk is full say."""
+    import safetensors.torch
+
+    def write(temporary: Path) -> None:
+        try:
+            safetensors.torch.save_file(dict(tensors), temporary, metadata=dict(metadata or {}))
+        except safetensors.SafetensorError as error:
+            raise OSError(errno.EIO, f"cannot write it ({error})", str(path)) from error
+
+    write_atomically(path, write)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from patchbank.pipeline.errors import TrialError
-from patchbank.probing.atomic import write_atomically
+from patchbank.probing.atomic import write_tensors
 
 LEAST_BETWEEN_S = 30.0
 """Of training between two checkpoints."""
@@ -65,8 +64,6 @@ class Checkpoint:
         found = state()
         arrays = {key: value.detach().cpu().contiguous() for key, value in found.arrays.items()}
         facts = {"facts": json.dumps(found.facts)}
-        write_atomically(
-            self.path, lambda path: safetensors.torch.save_file(arrays, path, metadata=facts)
-        )
+        write_tensors(self.path, arrays, facts)
         took_s = time.monotonic() - begun
         self._next = time.monotonic() + max(LEAST_BETWEEN_S, took_s / MOST_SHARE)

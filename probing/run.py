@@ -105,6 +105,7 @@ def run_training(
     identity = run_identity(bank, tables, entries, settings, plugins, data)
     with open_run(out, identity, overwrite=overwrite) as state:
         if all((folder / "results.json").is_file() for folder in folders.values()):
+            state.forget_all()
             say(f"nothing is left to do: {out} has the results of this very run")
             return _returned({name: _read_results(one) for name, one in folders.items()})
         for name, found in splits.items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ FORMAT = 1
 CHECKPOINTS = ".checkpoints"
 JOURNAL = "search.journal"
 TEST_LOG = "test-scored.jsonl"
+LOG = "tensorboard"
 
 
 class RunState:
@@ -67,15 +69,27 @@ class RunState:
             return
         now = datetime.now(UTC).isoformat(timespec="seconds")
         line = {"utc": now, "run": self.run_id, "split": split, "probes": list(probes)}
-        with (self.folder / TEST_LOG).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with (self.folder / TEST_LOG).open("ab+") as file:
+            file.seek(0)
+            # Half a line, left by a kill or a full disk, does not take the next one with it.
+            begin = b"" if file.read()[-1:] in (b"", b"\n") else b"\n"
+            file.write(begin + json.dumps(line).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def times_tested(self) -> list[dict[str, Any]]:
         """Each time that the test split was scored into this folder, the first one first."""
         if self.folder is None or not (self.folder / TEST_LOG).is_file():
             return []
-        lines = (self.folder / TEST_LOG).read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.strip()]
+        lines = (self.folder / TEST_LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+        return [_test_record(line) for line in lines if line.strip()]
+
+
+def _test_record(line: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(line))
+    except (ValueError, TypeError):
+        return {"unreadable": line}
 
 
 @contextmanager
@@ -94,7 +108,7 @@ def open_run(
         if found != identity:
             if not overwrite:
                 _refuse(folder, found, identity)
-            _begin(folder, identity)
+            _begin(folder, found, identity)
         yield RunState(folder, identity)
 
 
@@ -111,7 +125,9 @@ def _read_identity(folder: Path) -> dict[str, Any] | None:
 
 def _refuse(folder: Path, found: Mapping[str, Any] | None, identity: Mapping[str, Any]) -> None:
     """Raises where a folder is taken."""
-    if found is None and not _has_results(folder):
+    if found is None and not any(
+        (one / "results.json").is_file() for one in _sets(folder, identity)
+    ):
         return
     advice = "choose another --out, or replace it: --overwrite"
     if not found:
@@ -122,17 +138,39 @@ def _refuse(folder: Path, found: Mapping[str, Any] | None, identity: Mapping[str
     raise BankMismatch(f"{folder} holds another run; {advice}", differing_fields(identity, found))
 
 
-def _has_results(folder: Path) -> bool:
-    return any(folder.glob("results.json")) or any(folder.glob("*/results.json"))
+def _sets(folder: Path, identity: Mapping[str, Any]) -> list[Path]:
+    """Where a run has results: in its folder, or in one a label set below it."""
+    names = [name for name in identity.get("labels", ()) if _is_file_name(name)]
+    return [folder, *(folder / name for name in names if len(names) > 1)]
 
 
-def _begin(folder: Path, identity: Mapping[str, Any]) -> None:
-    # What an earlier run left there would stand for this one.
-    for path in (*folder.glob("results.json"), *folder.glob("*/results.json")):
-        path.unlink()
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    (folder / JOURNAL).unlink(missing_ok=True)
+def _is_file_name(name: str) -> bool:
+    return name not in ("", ".", "..") and Path(name).name == name
+
+
+def _begin(folder: Path, found: Mapping[str, Any] | None, identity: Mapping[str, Any]) -> None:
+    """Clears a folder for a new run: of what an earlier one left, and of nothing else."""
+    sets = _sets(folder, identity)
+    for one in sets:
+        if one != folder and (one / "run.json").is_file():
+            raise TrialError(f"{one} is the folder of another run; choose another --out")
+    for one in {*sets, *_sets(folder, found or {})}:
+        _clear(one, [*(found or {}).get("probes", ())])
+    for name in (CHECKPOINTS, LOG):
+        if found is not None:
+            shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (JOURNAL, "settings.toml"):
+        (folder / name).unlink(missing_ok=True)
     write_json(folder / "run.json", {"format": FORMAT, "identity": identity})
+
+
+def _clear(folder: Path, probes: Sequence[str]) -> None:
+    """Takes away the results of one label set, those of its probes too."""
+    for name in ("results.json", "resamples.parquet", "test-clips.parquet"):
+        (folder / name).unlink(missing_ok=True)
+    for name in filter(_is_file_name, probes):
+        if (folder / name / "probe.json").is_file():
+            shutil.rmtree(folder / name)
 
 
 @contextmanager

@@ -92,6 +92,8 @@ def _is_told(hunts: Sequence[_Hunt], number: int) -> bool:
 
 def _hunts(job: Job, studies: Sequence[Study]) -> list[_Hunt]:
     settings = job.settings
+    for line in filter(None, (_unused(settings, study) for study in studies)):
+        job.say(line)
     firsts = [first_points(settings, study) for study in studies]
     rounds = [
         _n_rounds(settings, study, len(one)) for study, one in zip(studies, firsts, strict=True)
@@ -126,6 +128,17 @@ def _n_rounds(settings: TrainSettings, study: Study, n_first: int) -> int:
     is_given = name in settings.learning_rates or name in settings.weight_decays
     further = 0 if is_given or not study.probe.learns else settings.search.n_rounds
     return 1 + further if n_first > 1 or further else 0
+
+
+def _unused(settings: TrainSettings, study: Study) -> str | None:
+    """What of the settings means nothing for a study, where something does not."""
+    name = study.entry.name
+    is_given = name in settings.learning_rates or name in settings.weight_decays
+    if is_given and not study.probe.learns:
+        return f"{study.name}: learns nothing, so learning rate and weight decay are not used"
+    if is_given and settings.search.n_rounds:
+        return f"{study.name}: the values that are given are all that is tried, in one round"
+    return None
 
 
 def _log(
@@ -204,9 +217,11 @@ class _Ladder:
 
 
 def _candidate(tried: Tried) -> Candidate:
-    last = max(tried.values, default=0)
-    score = -math.inf if tried.diverged else tried.values[last]
-    return Candidate(*tried.point, score, None if tried.is_complete else last, tried.round)
+    if tried.diverged_after is not None:
+        return Candidate(*tried.point, -math.inf, tried.diverged_after, tried.round)
+    last = max(tried.values)
+    epochs = None if tried.is_complete else last
+    return Candidate(*tried.point, tried.values[last], epochs, tried.round)
 
 
 def choose(name: str, candidates: Sequence[Candidate]) -> Point:
@@ -217,9 +232,11 @@ def choose(name: str, candidates: Sequence[Candidate]) -> Point:
     complete = [one for one in candidates if one.epochs is None]
     best = max(complete, key=lambda candidate: candidate.score or 0.0, default=None)
     if best is None or best.score == -math.inf:
-        tried = ", ".join(f"{candidate.learning_rate:g}" for candidate in candidates)
+        diverged = [one.learning_rate for one in candidates if one.score == -math.inf]
+        tried = ", ".join(f"{rate:g}" for rate in diverged)
         raise TrialError(
-            f"every learning rate of probe {name!r} diverged (tried {tried}), expected one to "
-            "train; pass lower learning rates, or look for bad tokens: patchbank bank verify"
+            f"every learning rate of probe {name!r} that was trained to the end diverged (tried "
+            f"{tried}), expected one to train; pass lower learning rates, or look for bad tokens: "
+            "patchbank bank verify"
         )
     return Point(best.learning_rate, best.weight_decay)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,10 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from patchbank.pipeline.errors import TrialError
 from patchbank.probing.entries import Entry, on_layers, parse_layers, parse_probe
 from patchbank.probing.labels import TaskKind
+from patchbank.probing.probes.probe_files import is_file
 from patchbank.probing.settings import Range, SearchSettings, TrainSettings
 from patchbank.probing.tiers import Tier
 
 PRESETS = ("bat", "unmute")
+_SETTINGS, _SEARCH = TrainSettings(), SearchSettings()
 Table = dict[str, Any]
 
 
@@ -34,14 +37,14 @@ class _Strict(BaseModel):
 class SearchOptions(_Strict):
     """The table [search]: `SearchSettings` without the number of its first trials, `sweep`."""
 
-    first: Literal["spread", "sobol"] = "spread"
-    n_rounds: int = 0
-    n_a_round: int = 5
-    halving_epochs: tuple[int, ...] = ()
-    keep: float = 1 / 3
+    first: Literal["spread", "sobol"] = _SEARCH.first
+    n_rounds: int = _SEARCH.n_rounds
+    n_a_round: int = _SEARCH.n_a_round
+    halving_epochs: tuple[int, ...] = _SEARCH.halving_epochs
+    keep: float = _SEARCH.keep
     learning_rates: dict[str, Range] = Field(default_factory=dict)
-    weight_decays: Range = (1e-5, 5e-4)
-    seed: int = 0
+    weight_decays: Range = _SEARCH.weight_decays
+    seed: int = _SEARCH.seed
 
 
 class TrainOptions(_Strict):
@@ -58,23 +61,23 @@ class TrainOptions(_Strict):
     no_views: bool = False
     group: str | None = None
     allow_leakage: bool = False
-    epochs: int = 30
-    steps: int | None = None
-    batch_size: int = 64
-    seeds: int = 5
-    sweep: int = 5
+    epochs: int = _SETTINGS.n_epochs
+    steps: int | None = _SETTINGS.n_steps
+    batch_size: int = _SETTINGS.batch_size
+    seeds: int = _SETTINGS.n_seeds
+    sweep: int = _SEARCH.n_candidates
     lr: tuple[float, ...] = ()
     weight_decay: tuple[float, ...] = ()
-    warmup_steps: int = 0
-    lowest_rate: float = 0.0
-    loss: Literal["auto", "asymmetric", "bce", "cross-entropy"] = "auto"
-    gamma_negative: float = 4.0
-    gamma_positive: float = 1.0
-    clip: float = 0.05
-    order_seed: int = 0
-    n_resamples: int = 1000
-    device: str = "auto"
-    dtype: Literal["float32", "float64"] = "float32"
+    warmup_steps: int = _SETTINGS.n_warmup_steps
+    lowest_rate: float = _SETTINGS.lowest_rate
+    loss: Literal["auto", "asymmetric", "bce", "cross-entropy"] = _SETTINGS.loss
+    gamma_negative: float = _SETTINGS.gamma_negative
+    gamma_positive: float = _SETTINGS.gamma_positive
+    clip: float = _SETTINGS.clip
+    order_seed: int = _SETTINGS.order_seed
+    n_resamples: int = _SETTINGS.n_resamples
+    device: str = _SETTINGS.device
+    dtype: Literal["float32", "float64"] = _SETTINGS.dtype
     tier: Tier = "auto"
     search: SearchOptions = Field(default_factory=SearchOptions)
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
@@ -97,6 +100,7 @@ class TrainOptions(_Strict):
         named = table.pop("preset", None)
         given = {name: value for name, value in flags.items() if value not in (None, [])}
         layers = [_read_preset(preset or named) if preset or named else {}, table, given]
+        _check_flags(given)
         merged: Table = {}
         for origin, layer in zip((preset or named, file, "command line"), layers, strict=True):
             _validated(layer, str(origin))
@@ -108,7 +112,9 @@ class TrainOptions(_Strict):
         """The probes with their options, and the choices among a bank's `layers`."""
         entries = [parse_probe(text) for text in dict.fromkeys(self.probe)]
         families = {entry.family_name for entry in entries}
-        _check_families(self.options, families)
+        _check_families("options", self.options, families)
+        names = families | {entry.name for entry in entries}
+        _check_families("search.learning_rates", self.search.learning_rates, names)
         filled = [
             replace(entry, options={**self.options.get(entry.family_name, {}), **entry.options})
             for entry in entries
@@ -139,11 +145,20 @@ class TrainOptions(_Strict):
             dtype=self.dtype,
         )
 
-    def to_toml(self) -> str:
-        """A file that means the same, every option written out."""
+    def to_toml(self, folder: Path) -> str:
+        """A file for `folder` that means the same, every option written out."""
         import tomli_w
 
-        return tomli_w.dumps(self.model_dump(mode="json", exclude_none=True))
+        def seen(path: Path) -> Path:
+            return Path(os.path.relpath(path, folder))
+
+        paths = {
+            "labels": tuple(map(seen, self.labels)),
+            "splits": self.splits and seen(self.splits),
+            "classes": self.classes and seen(self.classes),
+        }
+        table = self.model_copy(update=paths).model_dump(mode="json", exclude_none=True)
+        return tomli_w.dumps(table)
 
 
 def _read_file(path: Path) -> Table:
@@ -153,6 +168,7 @@ def _read_file(path: Path) -> Table:
         raise TrialError(f"cannot read {path} ({error.strerror}), expected a TOML file") from error
     except ValueError as error:
         raise TrialError(f"{path}: {error}, expected TOML") from error
+    _check_runs_nothing(table, path)
     for name in ("labels", "splits", "classes"):
         # Paths of a file are seen from where it lies.
         if isinstance(table.get(name), str):
@@ -212,11 +228,30 @@ def _merge(below: Table, above: Mapping[str, Any]) -> None:
             below[key] = value
 
 
-def _check_families(options: Mapping[str, Any], families: set[str]) -> None:
+def _check_flags(given: Mapping[str, Any]) -> None:
+    if "lr" in given and "sweep" in given:
+        raise TrialError(
+            "found both --lr and --sweep, expected one of them: values that are given are all that "
+            "is tried"
+        )
+
+
+def _check_runs_nothing(table: Table, path: Path) -> None:
+    """A file may come from anybody; what Python is run, only a person's own words say."""
+    probes = table.get("probe")
+    for text in probes if isinstance(probes, list) else [probes]:
+        if isinstance(text, str) and is_file(text.partition(":")[0]):
+            raise TrialError(
+                f"{path} names a file of Python, {text}; only you may: name all probes yourself, "
+                f"--probe {text} ..."
+            )
+
+
+def _check_families(what: str, named: Mapping[str, Any], families: set[str]) -> None:
     from patchbank.probing.probes import PROBES
 
-    unknown = sorted(set(options) - families - set(PROBES))
+    unknown = sorted(set(named) - families - set(PROBES))
     if unknown:
         near = difflib.get_close_matches(unknown[0], [*PROBES, *families], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise TrialError(f"found options of probe {unknown[0]!r}, which is none{hint}")
+        raise TrialError(f"found {what} of probe {unknown[0]!r}, which is none{hint}")

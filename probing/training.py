@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from patchbank.pipeline.errors import TrialError
 from patchbank.probing.batch import Batch, TokenSource
 from patchbank.probing.checkpoint import Checkpoint, State
 from patchbank.probing.memory import MemoryStack
@@ -122,17 +123,25 @@ class Training:
         self._pupils = _pupils(self.courses, source, self._rows, settings)
         self._buffers = Buffers()
         self._n_batches = -(-len(self._rows) // settings.batch_size)
-        self.n_epochs, self.n_steps = self._length()
+        self.n_epochs, self.n_steps, self._n_updates = self._length()
         self.n_steps_done = 0
         self._restore()
 
-    def _length(self) -> tuple[int, int]:
-        """Epochs, the last of which may end early, and steps."""
+    def _length(self) -> tuple[int, int, int]:
+        """Epochs, the last of which may end early, batches, and those that are learned from."""
         settings = self._settings
         if not any(pupil.learns for pupil in self._pupils):
-            return 1, self._n_batches
-        n_steps = settings.n_steps or settings.n_epochs * self._n_batches
-        return -(-n_steps // self._n_batches), n_steps
+            return 1, self._n_batches, 0
+        n_updates = settings.n_steps or settings.n_epochs * self._n_batches
+        if settings.n_warmup_steps >= n_updates:
+            raise TrialError(
+                f"found warmup_steps={settings.n_warmup_steps} of {n_updates} steps in all, "
+                "expected fewer; set it in a file, --config FILE.toml, or train longer"
+            )
+        remembers = not all(pupil.learns for pupil in self._pupils)
+        # What remembers is to have seen every clip, also where others learn from some only.
+        n_steps = max(n_updates, self._n_batches) if remembers else n_updates
+        return -(-n_steps // self._n_batches), n_steps, n_updates
 
     @property
     def epoch(self) -> int:
@@ -160,13 +169,13 @@ class Training:
         for batch in self._source.read(plan[first : self.n_steps - epoch * self._n_batches]):
             factor = cosine_factor(
                 self.n_steps_done,
-                n_steps=self.n_steps,
+                n_steps=self._n_updates,
                 n_warmup_steps=settings.n_warmup_steps,
                 lowest=settings.lowest_rate,
             )
             tokens = BatchTokens(batch, settings, self._buffers)
             for pupil in self._pupils:
-                if pupil.learns or epoch == 0:
+                if self.n_steps_done < self._n_updates if pupil.learns else epoch == 0:
                     pupil.step(batch, tokens, factor=factor)
             self.n_steps_done += 1
             self._tell_step()
@@ -201,12 +210,18 @@ class Training:
             for index, course in enumerate(self.courses)
             for key, value in course.stack.state.items()
         }
-        return State(arrays, {"step": self.n_steps_done, "notes": self.notes})
+        device = self._settings.torch_device.type
+        return State(arrays, {"step": self.n_steps_done, "notes": self.notes, "device": device})
 
     def _restore(self) -> None:
-        state = None if self._checkpoint is None else self._checkpoint.load()
-        if state is None:
+        if self._checkpoint is None or (state := self._checkpoint.load()) is None:
             return
+        found, expected = self._settings.torch_device.type, state.facts["device"]
+        if found != expected:
+            raise TrialError(
+                f"{self.stage} was begun on {expected}, found {found}; go on with --device "
+                f"{expected}, or begin this stage again: remove {self._checkpoint.path}"
+            )
         self.n_steps_done, self.notes = int(state.facts["step"]), dict(state.facts["notes"])
         for index, (course, pupil) in enumerate(zip(self.courses, self._pupils, strict=True)):
             prefix = f"{index}/"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from patchbank.pipeline.errors import TrialError
 from patchbank.probing.randomness import derived_seed
 from patchbank.probing.settings import Point, Range
 
@@ -52,7 +53,8 @@ class Tried:
     """Primary metric on validation data after some epochs; empty where nothing is known yet."""
     is_complete: bool
     """Whether it trained to the end; the others were left behind, or diverged."""
-    diverged: bool = False
+    diverged_after: int | None = None
+    """The last epoch that it was judged after, where it diverged; 0 where it never was."""
 
 
 def open_storage(journal: Path | None) -> BaseStorage:
@@ -64,7 +66,13 @@ def open_storage(journal: Path | None) -> BaseStorage:
         if journal is None:
             return InMemoryStorage()
         _mend(journal)
-        return JournalStorage(JournalFileBackend(str(journal)))
+        try:
+            return JournalStorage(JournalFileBackend(str(journal)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise TrialError(
+                f"cannot read {journal} ({error}), expected what the search has tried; remove that "
+                "file to search again"
+            ) from error
 
 
 def _mend(journal: Path) -> None:
@@ -120,9 +128,14 @@ class TrialLog:
             finite = {epoch: value for epoch, value in known.items() if math.isfinite(value)}
             diverged, is_complete = len(finite) < len(known), n_epochs in finite
             with _quiet():
+                if diverged:
+                    # Without a value it is the worst of all to the sampler; what it was worth
+                    # before would lead there again.
+                    last = max(finite, default=0)
+                    self._storage.set_trial_user_attr(trial._trial_id, DIVERGED, last)
+                    finite = {}
                 for epoch, value in finite.items():
                     self._storage.set_trial_intermediate_value(trial._trial_id, epoch, value)
-                self._storage.set_trial_user_attr(trial._trial_id, DIVERGED, diverged)
                 state = TrialState.COMPLETE if is_complete else TrialState.PRUNED
                 told = [finite[n_epochs]] if is_complete else None
                 self._storage.set_trial_state_values(trial._trial_id, state, told)
@@ -195,7 +208,7 @@ def _tried(trial: FrozenTrial) -> Tried:
         int(trial.user_attrs[ROUND]),
         dict(sorted(trial.intermediate_values.items())),
         trial.state == TrialState.COMPLETE,
-        bool(trial.user_attrs.get(DIVERGED, False)),
+        trial.user_attrs.get(DIVERGED),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -227,6 +228,86 @@ def test_a_checkpoint_is_written_when_it_is_time(
     assert found is not None
     assert found.facts == {"step": 2, "values": [[[1, -np.inf]]]}
     assert found.arrays["x"].tolist() == [0, 1, 2]
+
+
+def test_overwriting_takes_away_what_the_run_left_and_nothing_else(
+    job: dict[str, Any], tmp_path: Path
+) -> None:
+    out = tmp_path / "runs"
+    run({**job, "probes": ["linear"]}, out / "inner", source_of(job))
+    (out / "notes").mkdir()
+    (out / "notes/results.json").write_text("mine")
+    first = run({**job, "probes": ["linear"]}, out, source_of(job))
+    (out / "tensorboard/search").mkdir(parents=True)
+    with pytest.raises(BankMismatch, match=r"probes\.linear: found None"):
+        run({**job, "probes": ["mhca"]}, out, source_of(job))
+    run({**job, "probes": ["mhca"]}, out, source_of(job), overwrite=True)
+    assert not (out / "linear").exists()
+    assert not (out / "tensorboard").exists()
+    assert (out / "mhca/probe.json").is_file()
+    assert (out / "notes/results.json").read_text() == "mine"
+    assert json.loads((out / "inner/results.json").read_text())["scores"] == first["scores"]
+    assert (out / "inner/linear/probe.json").is_file()
+
+
+def test_the_folder_of_a_label_table_is_not_taken_from_another_run(
+    job: dict[str, Any], tmp_path: Path
+) -> None:
+    other = tmp_path / "other.csv"
+    other.write_text(job["labels"].read_text())
+    run(job, tmp_path / "runs/other", source_of(job))
+    both = {**job, "labels": [job["labels"], other]}
+    with pytest.raises(TrialError, match="other is the folder of another run"):
+        run(both, tmp_path / "runs", source_of(job), overwrite=True)
+    assert (tmp_path / "runs/other/results.json").is_file()
+
+
+def test_half_a_line_in_the_test_record_stops_nothing(job: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "test-scored.jsonl").write_bytes(b'{"utc": "2026-01-01", "sp')
+    first, second = run(job, out, source_of(job))["test_scored"]
+    assert first == {"unreadable": '{"utc": "2026-01-01", "sp'}
+    assert second["split"] == "split"
+
+
+def test_a_stage_goes_on_only_on_the_device_that_began_it(
+    job: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(Stopped):
+        run(job, tmp_path / "run", source_of(job, 3))
+    [path] = (tmp_path / "run/.checkpoints").iterdir()
+    kept = Checkpoint(path)
+    state = kept.load()
+    assert state is not None
+    kept.save(lambda: State(state.arrays, {**state.facts, "device": "cuda"}), always=True)
+    with pytest.raises(TrialError, match="begun on cuda, found cpu; go on with --device cuda"):
+        run(job, tmp_path / "run", source_of(job))
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_and_is_one_clear_error(tmp_path: Path) -> None:
+    kept = Checkpoint(tmp_path / "stage.safetensors")
+    kept.save(lambda: State({"x": torch.zeros(10)}, {"step": 1}), always=True)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="cannot write it"):
+            kept.save(lambda: State({"x": torch.zeros(10_000)}, {"step": 2}), always=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    state = kept.load()
+    assert state is not None
+    assert state.facts["step"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["stage.safetensors"]
+
+
+def test_checkpoints_that_a_kill_left_at_the_very_end_are_removed(
+    job: dict[str, Any], tmp_path: Path
+) -> None:
+    run(job, tmp_path / "run", source_of(job))
+    (tmp_path / "run/.checkpoints").mkdir()
+    run(job, tmp_path / "run", source_of(job))
+    assert not (tmp_path / "run/.checkpoints").exists()
 
 
 # Processes, as a person starts and stops them.

@@ -197,11 +197,63 @@ def test_what_diverges_is_told_as_such_and_never_chosen() -> None:
     assert outcome.trials[0].learning_rate < min(one.learning_rate for one in diverged)
 
 
+def test_what_diverges_late_does_not_draw_the_search_near() -> None:
+    log = TrialLog("split/x", Ranges((1e-4, 7e-3), (1e-5, 5e-4)), open_storage(None), seed=0)
+    points = log.ask(0, points=[Point(float(rate), 1e-4) for rate in np.geomspace(1e-4, 7e-3, 25)])
+    values = [
+        {3: rate, 30: -np.inf if rate > 4e-3 else rate} if rate > 1e-3 else {3: rate}
+        for rate, _ in points
+    ]
+    log.tell(0, values, n_epochs=30)
+    diverged = [one for one in log.tried if one.diverged_after is not None]
+    assert [one.diverged_after for one in diverged] == [3] * sum(rate > 4e-3 for rate, _ in points)
+    assert all(not one.values for one in diverged)
+    suggested = np.array(
+        [point.learning_rate for number in (1, 2) for point in log.ask(number, n=5)]
+    )
+    assert np.median(suggested) < 4e-3
+
+
+def test_a_probe_that_remembers_sees_every_clip_where_others_learn_from_some() -> None:
+    settings = replace(SETTINGS, n_steps=2, search=SearchSettings(n_candidates=1))
+    [alone] = run(["knn"], settings)
+    _, beside = run(["linear", "knn"], settings)
+    assert beside.weights[0]["vectors"].shape == (70, 24)
+    assert np.array_equal(alone.test_scores, beside.test_scores)
+    [linear] = run(["linear"], settings)
+    assert np.array_equal(linear.test_scores, run(["linear", "knn"], settings)[0].test_scores)
+
+
+def test_a_warm_up_that_never_ends_is_refused() -> None:
+    with pytest.raises(TrialError, match="found warmup_steps=500 of 15 steps in all"):
+        run(["linear"], replace(SETTINGS, n_warmup_steps=500))
+
+
+def test_settings_that_mean_nothing_are_told() -> None:
+    tokens, targets = needle_tokens(120)
+    given = replace(SETTINGS, learning_rates={"linear": (1e-3,), "knn": (1e-3,)})
+    said: list[str] = []
+    job = Job(ArraySource(tokens), given, say=said.append)
+    train_job(job, [Task(targets, SPLIT, True)], ["linear", "knn"])
+    assert said == [
+        "linear: the values that are given are all that is tried, in one round",
+        "knn: learns nothing, so learning rate and weight decay are not used",
+    ]
+
+
+def test_a_damaged_journal_says_what_to_do(tmp_path: Path) -> None:
+    journal = tmp_path / "search.journal"
+    journal.write_text("{\n{}\n")
+    with pytest.raises(TrialError, match=r"cannot read .*search\.journal .*remove that file"):
+        open_storage(journal)
+
+
 def test_a_setting_that_was_left_behind_is_not_chosen() -> None:
     tried = [Candidate(0.1, 0, 0.9, epochs=3), Candidate(0.2, 0, 0.5), Candidate(0.3, 0, 0.4)]
     assert choose("linear", tried) == (0.2, 0)
-    with pytest.raises(TrialError, match="every learning rate of probe 'linear' diverged"):
-        choose("linear", tried[:1])
+    ended = [tried[0], Candidate(0.4, 0, -np.inf, epochs=2), Candidate(0.5, 0, -np.inf, epochs=3)]
+    with pytest.raises(TrialError, match=r"trained to the end diverged \(tried 0\.4, 0\.5\)"):
+        choose("linear", ended)
 
 
 def test_optuna_reads_the_journal_that_a_run_leaves(tmp_path: Path) -> None:

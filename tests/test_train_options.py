@@ -52,8 +52,8 @@ def test_what_says_the_same_in_another_way_gives_way() -> None:
     options = TrainOptions.resolve({"epochs": 3, "sweep": 4}, preset="bat")
     assert (options.steps, options.lr, options.weight_decay) == (None, (), ())
     assert options.warmup_steps == 500
-    both = TrainOptions.resolve({"sweep": 4, "lr": [0.1]}, preset="bat")
-    assert (both.lr, both.weight_decay) == ((0.1,), ())
+    both = TrainOptions.resolve({"lr": [0.1], "epochs": 3}, preset="bat")
+    assert (both.lr, both.weight_decay) == ((0.1,), (0.05,))
 
 
 def test_paths_of_a_file_are_seen_from_where_it_lies(tmp_path: Path) -> None:
@@ -68,8 +68,17 @@ def test_paths_of_a_file_are_seen_from_where_it_lies(tmp_path: Path) -> None:
 def test_what_is_written_down_means_the_same(tmp_path: Path, preset: str | None) -> None:
     flags = {"probe": ["mhca:n_heads=4", "linear"], "lr": [0.01], "folds": "fold"}
     options = TrainOptions.resolve(flags, preset=preset)
-    file = write(tmp_path / "settings.toml", options.to_toml())
+    file = write(tmp_path / "settings.toml", options.to_toml(tmp_path))
     assert TrainOptions.resolve({}, file=file) == options
+
+
+def test_paths_of_what_is_written_down_are_those_that_were_meant(tmp_path: Path) -> None:
+    labels, run = tmp_path / "tables/labels.csv", tmp_path / "runs/one"
+    run.mkdir(parents=True)
+    options = TrainOptions.resolve({"labels": [labels]})
+    file = write(run / "settings.toml", options.to_toml(run))
+    [found] = TrainOptions.resolve({}, file=file).labels
+    assert found.resolve() == labels
 
 
 def test_the_file_of_the_page_is_one(tmp_path: Path) -> None:
@@ -105,6 +114,20 @@ WRONG: dict[str, tuple[str, str]] = {
 def test_a_file_that_cannot_be_meant_says_why(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(TrialError, match=message):
         TrainOptions.resolve({}, file=write(tmp_path / "wrong.toml", text))
+
+
+def test_what_would_be_ignored_is_refused() -> None:
+    with pytest.raises(TrialError, match="found both --lr and --sweep"):
+        TrainOptions.resolve({"lr": [0.1], "sweep": 3})
+    options = TrainOptions.resolve({"search": {"learning_rates": {"protobn": [1e-3, 1e-2]}}})
+    with pytest.raises(TrialError, match=r"search\.learning_rates of probe 'protobn'"):
+        options.entries([1])
+
+
+def test_a_file_names_no_python_to_run(tmp_path: Path) -> None:
+    file = write(tmp_path / "study.toml", 'probe = ["linear", "evil.py:dropout=0.1"]\n')
+    with pytest.raises(TrialError, match=r"names a file of Python, evil\.py.*only you may"):
+        TrainOptions.resolve({}, file=file)
 
 
 def test_there_is_no_such_file(tmp_path: Path) -> None:
