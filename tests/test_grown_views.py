@@ -48,7 +48,7 @@ def test_a_bank_grows_and_keeps_the_draws_of_its_rows(
     table = longer(clip_table, tmp_path)
     steps: list[Progress] = []
     bank = extract(table, encoder="fake", out=path, settings=MADE, progress=steps.append)
-    assert steps[-1] == Progress(27, 27, 0)
+    assert steps[-1] == Progress(27, 27, 0, doing="sealing")
     assert {p: p.stat().st_mtime_ns for p in shards} == shards
     after = by_key(bank.clips)
     assert {key: after[key] for key in before} == before
@@ -94,7 +94,7 @@ def test_more_views_are_a_growth_and_fewer_are_refused(
     more = replace(MADE, n_views=3)
     steps: list[Progress] = []
     bank = extract(clip_table, encoder="fake", out=path, settings=more, progress=steps.append)
-    assert steps[-1] == Progress(20, 20, 0)
+    assert steps[-1] == Progress(20, 20, 0, doing="sealing")
     at_once = extract(clip_table, encoder="fake", out=tmp_path / "o.bank", settings=more)
     columns = ["mix_sources", "mix_snr_db", "mix_gains", "shift_samples", "gain_db"]
     expected = by_key(at_once.clips)

@@ -23,11 +23,16 @@ from patchbank.probing.artefact import load_probe
 from patchbank.probing.batch import TokenSource
 from patchbank.probing.comparison import p_value
 from patchbank.probing.results import format_comparisons
-from patchbank.probing.settings import TrainSettings
+from patchbank.probing.settings import SearchSettings, TrainSettings
 
 N_CLIPS = 60
 SETTINGS = TrainSettings(
-    n_epochs=2, n_seeds=2, n_candidates=1, batch_size=20, n_resamples=40, device="cpu"
+    n_epochs=2,
+    n_seeds=2,
+    search=SearchSettings(n_candidates=1),
+    batch_size=20,
+    n_resamples=40,
+    device="cpu",
 )
 PARTS = ["train"] * 28 + ["valid"] * 12 + ["test"] * 20
 TEST = slice(40, 60)

@@ -109,8 +109,9 @@ def test_a_killed_worker_costs_its_open_shards_only(
 
 
 def test_the_rows_of_a_shard_are_cut_out_when_its_turn_comes(table: Path, tmp_path: Path) -> None:
-    def stop(_: Progress) -> None:
-        raise KeyboardInterrupt
+    def stop(progress: Progress) -> None:
+        if not progress.doing:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         extract(table, encoder="fake", out=tmp_path / "x.bank", settings=SETTINGS, progress=stop)
@@ -155,7 +156,7 @@ def test_progress_moves_while_a_shard_is_open(
     before = [state for state in states if not state.n_done]
     assert max(state.n_open for state in before) in (4, 8, 12)
     assert max(state.n_encoded for state in states) == N_CLIPS
-    assert states[-1] == Progress(N_CLIPS, N_CLIPS)
+    assert states[-1] == Progress(N_CLIPS, N_CLIPS, doing="sealing")
 
 
 def test_clips_of_a_lost_worker_and_of_an_ended_shard_do_not_count() -> None:
