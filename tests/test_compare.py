@@ -18,11 +18,16 @@ from patchbank.cli.main import main
 from patchbank.pipeline.errors import TrialError
 from patchbank.probing.comparison_runs import compare_runs
 from patchbank.probing.run import run_training
-from patchbank.probing.settings import TrainSettings
+from patchbank.probing.settings import SearchSettings, TrainSettings
 
 N_CLIPS = 60
 SETTINGS = TrainSettings(
-    n_epochs=2, n_seeds=2, n_candidates=1, batch_size=20, n_resamples=40, device="cpu"
+    n_epochs=2,
+    n_seeds=2,
+    search=SearchSettings(n_candidates=1),
+    batch_size=20,
+    n_resamples=40,
+    device="cpu",
 )
 PARTS = ["train"] * 28 + ["valid"] * 12 + ["test"] * 20
 TOKENS, TARGETS = needle_tokens(N_CLIPS, n_patches=6, dim=8, n_classes=3)

@@ -21,10 +21,12 @@ from patchbank.probing.probes.base import ProbeShape
 from patchbank.probing.protocol import train
 from patchbank.probing.run import run_training
 from patchbank.probing.run_files import FinishedRun, write_run
-from patchbank.probing.settings import TrainSettings
+from patchbank.probing.settings import SearchSettings, TrainSettings
 from patchbank.probing.splits import read_splits
 
-SETTINGS = TrainSettings(n_epochs=3, n_seeds=2, n_candidates=1, n_resamples=100, device="cpu")
+SETTINGS = TrainSettings(
+    n_epochs=3, n_seeds=2, search=SearchSettings(n_candidates=1), n_resamples=100, device="cpu"
+)
 SPLITS = [("train", "train", "valid", "test")[clip % 4] for clip in range(120)]
 
 

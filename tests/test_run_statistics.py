@@ -23,11 +23,16 @@ from patchbank.probing.artefact import load_probe
 from patchbank.probing.batch import TokenSource
 from patchbank.probing.comparison import p_value
 from patchbank.probing.results import format_comparisons
-from patchbank.probing.settings import TrainSettings
+from patchbank.probing.settings import SearchSettings, TrainSettings
 
 N_CLIPS = 60
 SETTINGS = TrainSettings(
-    n_epochs=2, n_seeds=2, n_candidates=1, batch_size=20, n_resamples=40, device="cpu"
+    n_epochs=2,
+    n_seeds=2,
+    search=SearchSettings(n_candidates=1),
+    batch_size=20,
+    n_resamples=40,
+    device="cpu",
 )
 PARTS = ["train"] * 28 + ["valid"] * 12 + ["test"] * 20
 TEST = slice(40, 60)
@@ -62,19 +67,19 @@ def train(
 
 
 def test_a_split_that_cuts_recordings_is_refused_before_a_token_is_read(tmp_path: Path) -> None:
-    with pytest.raises(TrialError, match=r"1 recording: 'r14.wav' in train and valid\n"):
+    with pytest.raises(TrialError, match=r"1 by path: 'r14.wav' in train and valid\n"):
         train(tmp_path, parts=["train"] * 29 + PARTS[29:], unreadable=True)
     assert not (tmp_path / "results.json").exists()
 
 
 def test_a_group_across_splits_is_refused_and_counted_on_request(tmp_path: Path) -> None:
     columns = {"site": ["hill"] * 30 + [f"site{row // 2}" for row in range(30)]}
-    with pytest.raises(TrialError, match="1 group: 'hill' in train and valid"):
+    with pytest.raises(TrialError, match="1 by site: 'hill' in train and valid"):
         train(tmp_path, columns=columns, group="site", unreadable=True)
     results = train(tmp_path, columns=columns, group="site", allow_leakage=True)
-    assert results["leakage"] == {"groups": 1, "recordings": 0, "sounds": None}
+    assert results["leakage"] == {"site": 1, "path": 0, "audio_sha256": None}
     assert results["bootstrap_over"] == {"column": "site", "n_groups": 10}
-    assert train(tmp_path)["leakage"] == {"groups": None, "recordings": 0, "sounds": None}
+    assert train(tmp_path / "plain")["leakage"] == {"path": 0, "audio_sha256": None}
 
 
 def test_clips_of_one_recording_are_drawn_together(tmp_path: Path) -> None:
