@@ -49,10 +49,11 @@ def compare(
 
 def score_table(found: Mapping[str, Any]) -> Table:
     """All probes of all runs, at most 80 columns; columns that tell nothing apart are left out."""
-    from rich.table import Table
+    from patchbank.probing.plain_text import cell
+    from patchbank.probing.results import titled_table
 
     rows = found["scores"]
-    table = Table(title=f"Test scores, {found['metric']}", caption=_counted(found))
+    table = titled_table(f"Test scores, {found['metric']}", _counted(found))
     columns = {
         "run": [row["run"] for row in rows],
         "encoder": [row["encoder"] or row["encoder_id"][:8] for row in rows],
@@ -67,8 +68,8 @@ def score_table(found: Mapping[str, Any]) -> Table:
     for index, row in enumerate(rows):
         low, high = map(_text, row["ci95"])
         table.add_row(
-            row["probe"],
-            *(cells[index] for cells in shown.values()),
+            cell(row["probe"]),
+            *(cell(cells[index]) for cells in shown.values()),
             f"{_text(row['mean'])} ± {_text(row['std'])}",
             f"{low} - {high}",
         )

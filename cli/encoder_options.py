@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,18 @@ import typer
 Weights = Annotated[
     str | None,
     typer.Option(metavar="PATH|hf:ORG/REPO", help="Checkpoint: a file, a folder, or on the hub."),
+]
+Run = Annotated[
+    Path, typer.Argument(metavar="RUN", help="What train-probe left, or a probe's folder.")
+]
+ProbeOfRun = Annotated[
+    str | None, typer.Option(help="Which probe of the run. [default: best on validation]")
+]
+EncoderFile = Annotated[
+    str | None, typer.Option(metavar="FILE.py", help="The encoder, if it is your own.")
+]
+ProbeFile = Annotated[
+    Path | None, typer.Option(metavar="FILE.py", help="The probe's file, if it is your own.")
 ]
 Preset = Annotated[
     str | None,

@@ -9,26 +9,17 @@ import typer
 
 from patchbank.cli.bars import phase
 from patchbank.cli.choices import ExportBatch
-from patchbank.cli.encoder_options import Weights
+from patchbank.cli.encoder_options import EncoderFile, ProbeFile, ProbeOfRun, Run, Weights
+from patchbank.cli.out_file import check_parent
 
 
 def export(
-    run: Annotated[
-        Path,
-        typer.Argument(metavar="RUN", help="What train-probe left, or a probe's folder."),
-    ],
+    run: Run,
     out: Annotated[Path, typer.Option(metavar="FILE.pt2", help="The program to write.")],
-    probe: Annotated[
-        str | None, typer.Option(help="Which probe of the run. [default: best on validation]")
-    ] = None,
+    probe: ProbeOfRun = None,
     weights: Weights = None,
-    encoder: Annotated[
-        str | None,
-        typer.Option(metavar="FILE.py", help="The encoder, if it is your own."),
-    ] = None,
-    plugin: Annotated[
-        Path | None, typer.Option(metavar="FILE.py", help="The probe's file, if it is your own.")
-    ] = None,
+    encoder: EncoderFile = None,
+    plugin: ProbeFile = None,
     batch: Annotated[
         ExportBatch, typer.Option(help="Clips that the program takes at once: any number, or 1.")
     ] = ExportBatch.dynamic,
@@ -47,6 +38,7 @@ def export(
 
     if out.suffix != ".pt2":
         raise typer.BadParameter(f"--out takes a name that ends in .pt2, found {out}")
+    check_parent(out)
     predictor = Predictor(
         run, probe=probe, weights=weights, encoder=encoder, plugin=plugin, device="cpu"
     )

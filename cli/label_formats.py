@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 
 from patchbank.cli.label_output import Format, Threshold
+from patchbank.probing.plain_text import printable
 
 if TYPE_CHECKING:
     from patchbank.cli.predictor import Prediction
@@ -68,14 +69,16 @@ class Writer(ABC):
 
 
 class TextWriter(Writer):
-    """One line a row, for people."""
+    """One line a row, for people, whatever is in names."""
 
     def row(self, row: Prediction) -> None:
         found = self._shown.of(row.probabilities)
-        words = "  ".join(f"{self._classes[one]} {row.probabilities[one]:.2f}" for one in found)
+        words = "  ".join(
+            f"{printable(self._classes[one])} {row.probabilities[one]:.2f}" for one in found
+        )
         digits = 2 if self._frames else 1
         span = f"{row.start_s:.{digits}f}-{row.end_s:.{digits}f} s"
-        print(f"{row.clip}  {span}  {words or '-'}", file=self._file)
+        print(f"{printable(row.clip)}  {span}  {words or '-'}", file=self._file)
 
 
 class JsonWriter(Writer):
@@ -126,7 +129,7 @@ class AudacityWriter(Writer):
         found = sorted((*span, one) for one, spans in self._regions.items() for span in spans)
         for start_s, end_s, one in found:
             # A tab or a line break in a name would be another column, or another label.
-            name = " ".join(self._classes[int(one)].split())
+            name = printable(" ".join(self._classes[int(one)].split()))
             print(f"{start_s:.6f}\t{end_s:.6f}\t{name}", file=self._file)
 
 

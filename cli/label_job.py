@@ -11,11 +11,13 @@ from patchbank.cli.bars import recording_bar
 from patchbank.cli.label_folder import begin_folder, is_labelled
 from patchbank.cli.label_formats import SUFFIX_OF, WRITERS, Shown, TextSink, Writer
 from patchbank.cli.label_output import Format, Output
+from patchbank.cli.out_file import check_parent
 from patchbank.cli.predictor import Prediction, Predictor
 from patchbank.cli.recordings import label_files, recordings
 from patchbank.pipeline.audio import probe_duration_s
 from patchbank.pipeline.errors import AudioError, PatchbankError, TrialError
 from patchbank.probing.atomic import write_atomically
+from patchbank.probing.plain_text import printable
 
 Work = Callable[[Path, Iterable[Prediction]], object]
 
@@ -83,11 +85,7 @@ class LabelJob:
             with self._stream(sys.stdout) as write:
                 yield write
             return
-        if not out.parent.is_dir():
-            raise TrialError(
-                f"found no folder {out.parent} for {out.name}, expected one to write in; make it: "
-                f"mkdir -p {out.parent}"
-            )
+        check_parent(out)
         draft = out.with_name(f".{out.name}.draft")
         try:
             with self._file(draft) as write:
@@ -133,7 +131,7 @@ class LabelJob:
                     work(path, self._rows(path, index, len(found), show))
                 except AudioError as error:
                     n_failed += 1
-                    print(f"failed: {path}: {error}", file=sys.stderr)
+                    print(printable(f"failed: {path}: {error}"), file=sys.stderr)
         return n_failed
 
     def _rows(

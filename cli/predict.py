@@ -8,30 +8,20 @@ from typing import Annotated
 import typer
 
 from patchbank.cli.choices import LabelFormat
-from patchbank.cli.encoder_options import Weights
+from patchbank.cli.encoder_options import EncoderFile, ProbeFile, ProbeOfRun, Run, Weights
 from patchbank.cli.label_output import choose_output
 
 
 def predict(
-    run: Annotated[
-        Path,
-        typer.Argument(metavar="RUN", help="What train-probe left, or a probe's folder."),
-    ],
+    run: Run,
     audio: Annotated[
         list[Path] | None, typer.Argument(metavar="AUDIO", help="Audio files, or folders of them.")
     ] = None,
     bank: Annotated[Path | None, typer.Option(help="Label a bank's clips instead.")] = None,
-    probe: Annotated[
-        str | None, typer.Option(help="Which probe of the run. [default: best on validation]")
-    ] = None,
+    probe: ProbeOfRun = None,
     weights: Weights = None,
-    encoder: Annotated[
-        str | None,
-        typer.Option(metavar="FILE.py", help="The encoder, if it is your own."),
-    ] = None,
-    plugin: Annotated[
-        Path | None, typer.Option(metavar="FILE.py", help="The probe's file, if it is your own.")
-    ] = None,
+    encoder: EncoderFile = None,
+    plugin: ProbeFile = None,
     frames: Annotated[
         bool, typer.Option("--frames", help="Label each time step of the tokens by itself.")
     ] = False,

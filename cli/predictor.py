@@ -216,7 +216,11 @@ class Predictor:
 def open_stream(
     artefact: ProbeArtefact, *, weights: str | None, encoder: str | None, device: str
 ) -> TokenStream:
-    """The encoder and the settings of a probe's bank; `BankMismatch` for other weights."""
+    """The encoder and the settings of a probe's bank.
+
+    Raises `BankMismatch` for other weights, `TrialError` for a probe that comes from no bank.
+    """
+    artefact.check_origin()
     chosen, name = choose_device(device), artefact.encoder["name"]
     if encoder is None and not is_known(name):
         raise EncoderError(

@@ -36,6 +36,11 @@ from patchbank.probing.settings import TrainSettings
 from patchbank.probing.thresholds import DEFAULT_THRESHOLD
 
 PREDICT_BATCH_SIZE = 64
+NEEDED_FOR_AUDIO = {
+    "encoder": ("name", "frontend"),
+    "window": ("window_s",),
+    "tokens": ("stored_dtype", "mask_padding"),
+}
 ArrayLike = Any
 """A numpy array or a torch tensor."""
 
@@ -145,6 +150,7 @@ class ProbeArtefact:
         """Raises `BankMismatch`, naming every differing field, for tokens of another encoder."""
         if encoder_id == self.encoder_id:
             return
+        self._check_is_of_a_bank()
         found = json.loads(json.dumps(identity))
         differences = differing_fields(found, self.encoder)
         raise BankMismatch(
@@ -153,6 +159,28 @@ class ProbeArtefact:
             "one, or train again: patchbank train-probe",
             differences or {"encoder_id": (encoder_id, self.encoder_id)},
         )
+
+    def check_origin(self) -> None:
+        """Raises `TrialError` where nothing says how audio becomes tokens for this probe."""
+        self._check_is_of_a_bank()
+        missing = [
+            f"{part}.{key}"
+            for part, keys in NEEDED_FOR_AUDIO.items()
+            for key in keys
+            if key not in getattr(self, part)
+        ]
+        if missing:
+            raise TrialError(
+                f"found no {', '.join(missing)} in the probe's description, expected what its bank "
+                "states; train again: patchbank train-probe"
+            )
+
+    def _check_is_of_a_bank(self) -> None:
+        if not (self.encoder or self.encoder_id):
+            raise TrialError(
+                "this probe was trained on an array, no encoder is known; fit it on a bank's "
+                "tokens, ProbeClassifier().fit(bank.rows_view(), y), or use predict_proba()"
+            )
 
     def _check_shapes(self, shape: tuple[int, ...], *, has_prefix: bool) -> None:
         trained_on = f"this probe is trained on {self.encoder.get('name', 'an encoder')}"

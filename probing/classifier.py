@@ -47,8 +47,9 @@ class ProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     can be cut at one half. loss="asymmetric" is the one of `train`: it ranks clips as well, but
     its probabilities lie far above the frequencies.
 
-    Fitted: `classes_`, `n_features_in_` (dim), `learning_rate_`, and `artefact_`, which
-    `patchbank predict` can apply once it is saved.
+    Fitted: `classes_`, `n_features_in_` (dim), `learning_rate_`, and `artefact_`. Once it is saved,
+    `patchbank predict` and `export` can apply it where it was fitted on a view: of an array nobody
+    knows the encoder.
     """
 
     def __init__(
@@ -118,7 +119,7 @@ class ProbeClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return np.asarray(self.classes_[logits.argmax(axis=1)])
 
     def save(self, folder: Path | str) -> None:
-        """Leaves the probe in `folder` as `train-probe` does, for `patchbank predict`."""
+        """Leaves the probe in `folder` as `train-probe` does; fitted on a view, for `predict`."""
         check_is_fitted(self)
         save_probe(Path(folder), self.artefact_)
 

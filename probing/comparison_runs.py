@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,32 @@ from patchbank.probing.bootstrap import Samples
 from patchbank.probing.comparison import Contestant, best_first, compare
 from patchbank.probing.groups import group_numbers
 from patchbank.probing.paired_files import JudgedClip, read_resamples, read_test_clips
+
+NUMBER = float | int | None
+RESULTS = {
+    "task": str,
+    "primary_metric": str,
+    "std_over": str,
+    "bank": str,
+    "encoder_id": str,
+    "n_resamples": int,
+    "classes": list,
+    "probes": dict,
+    "scores": list,
+    "bootstrap_over": dict,
+}
+"""What results.json must hold, and of which kind."""
+SCORE = {
+    "probe": str,
+    "split": str,
+    "metric": str,
+    "mean": NUMBER,
+    "std": NUMBER,
+    "ci95": list,
+    "n_seeds": int,
+    "n_clips": int,
+}
+"""What each of its scores must hold."""
 
 
 @dataclass(frozen=True)
@@ -99,15 +125,37 @@ def _read_run(folder: Path, name: str) -> StoredRun:
         raise TrialError(
             f"{path} is damaged ({error}); train again: patchbank train-probe"
         ) from error
-    run = StoredRun(name, results, read_test_clips(folder), read_resamples(folder))
-    needed = {"task", "classes", "probes", "scores", "n_resamples", "bootstrap_over"}
-    wanted = {(row["probe"], row["metric"]) for row in results.get("scores", ())}
-    if needed - set(results) or wanted != set(run.samples):
+    clips, samples = read_test_clips(folder), read_resamples(folder)
+    if not _is_whole(results) or (
+        {(row["probe"], row["metric"]) for row in results["scores"]} != set(samples)
+    ):
         raise TrialError(
             f"the files of {folder} are not of one run of this version; "
             "train again: patchbank train-probe"
         )
-    return run
+    return StoredRun(name, results, clips, samples)
+
+
+def _is_whole(results: Any) -> bool:
+    """Whether results.json holds all that is read here, each of its kind."""
+    return (
+        _has(results, RESULTS)
+        and all(isinstance(one, str) for one in results["classes"])
+        and _has(results["bootstrap_over"], {"column": str, "n_groups": int})
+        and all(_has(facts, {"layers": list}) for facts in results["probes"].values())
+        and all(
+            _has(row, SCORE)
+            and len(row["ci95"]) == 2
+            and all(isinstance(bound, NUMBER) for bound in row["ci95"])
+            for row in results["scores"]
+        )
+    )
+
+
+def _has(found: Any, kinds: Mapping[str, Any]) -> bool:
+    return isinstance(found, dict) and all(
+        key in found and isinstance(found[key], kind) for key, kind in kinds.items()
+    )
 
 
 def check_comparable(runs: Sequence[StoredRun]) -> None:

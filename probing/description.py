@@ -9,12 +9,29 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from patchbank.pipeline.errors import TrialError
+from patchbank.pipeline.errors import PatchbankError, TrialError
+from patchbank.pipeline.specs import PadRule, StoredDType, WindowSpec
 from patchbank.probing.probes.base import ProbeShape
 
 FORMAT = 3
+KINDS = {
+    "probe": str,
+    "options": dict,
+    "multi_label": bool,
+    "shape": dict,
+    "layers": list,
+    "encoder_id": str,
+    "encoder": dict,
+    "window": dict,
+    "tokens": dict,
+    "plugin_sha256": str,
+    "validation": dict,
+    "training": dict,
+}
+"""Of the fields that nothing below looks at more closely first."""
+WORDS = {str: "text", dict: "object", bool: "true or false", list: "list"}
 
 
 def read_description(folder: Path) -> dict[str, Any]:
@@ -62,17 +79,55 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _parsed(fields: dict[str, Any]) -> dict[str, Any]:
-    if not isinstance(fields["multi_label"], bool):
-        raise ValueError(f"multi_label is {fields['multi_label']!r}, no true or false")
+    for name, kind in KINDS.items():
+        if not isinstance(fields[name], kind):
+            raise ValueError(f"{name} is {fields[name]!r}, no {WORDS[kind]}")
+    _check_encoder(fields["encoder"])
+    _check_window(fields["window"])
+    _check_tokens(fields["tokens"])
     classes = _classes(fields["classes"])
     return fields | {
         "classes": classes,
-        "layers": tuple(fields["layers"]),
+        "layers": _layers(fields["layers"]),
         "shape": _shape(fields["shape"]),
         "temperature": _temperature(fields["temperature"]),
         "thresholds": _thresholds(fields["thresholds"], len(classes)),
         "default_thresholds": _some_of(fields["default_thresholds"], classes),
     }
+
+
+def _check_encoder(encoder: dict[str, Any]) -> None:
+    """What is there is of its kind; `ProbeArtefact.check_origin` asks for what audio needs."""
+    for name, kind in (("name", str), ("frontend", dict)):
+        if not isinstance(encoder.get(name, kind()), kind):
+            raise ValueError(f"encoder.{name} is {encoder[name]!r}, no {WORDS[kind]}")
+
+
+def _check_window(window: dict[str, Any]) -> None:
+    for name, value in window.items():
+        if name == "pad":
+            if value not in get_args(PadRule):
+                raise ValueError(f"window.pad is {value!r}, none of {get_args(PadRule)}")
+        elif not _is_number(value):
+            raise ValueError(f"window.{name} is {value!r}, no number")
+    try:
+        WindowSpec(**window)
+    except PatchbankError as error:
+        raise ValueError(f"window: {error}") from error
+
+
+def _check_tokens(tokens: dict[str, Any]) -> None:
+    stored = tokens.get("stored_dtype", "float16")
+    if stored not in get_args(StoredDType):
+        raise ValueError(f"tokens.stored_dtype is {stored!r}, none of {get_args(StoredDType)}")
+    if not isinstance(tokens.get("mask_padding", False), bool):
+        raise ValueError(f"tokens.mask_padding is {tokens['mask_padding']!r}, no true or false")
+
+
+def _layers(layers: list[Any]) -> tuple[int, ...]:
+    if any(type(one) is not int or one < 1 for one in layers) or len(set(layers)) < len(layers):
+        raise ValueError(f"layers is {layers!r}, no different numbers from 1 on")
+    return tuple(layers)
 
 
 def _classes(indices: Any) -> tuple[str, ...]:

@@ -40,10 +40,15 @@ def read_groups(clips: pa.Table, column: str | None = None) -> Groups:
     return Groups(
         column,
         tuple(
-            f"path={path}" if cell in (None, "") else str(cell)
+            f"path={path}" if is_empty(cell) else str(cell)
             for cell, path in zip(cells, paths, strict=True)
         ),
     )
+
+
+def is_empty(cell: object) -> bool:
+    """Whether a cell names no group."""
+    return cell is None or cell == ""
 
 
 def group_numbers(clip_ids: Sequence[str], groups: Sequence[str]) -> Int[np.ndarray, " clip"]:

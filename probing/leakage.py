@@ -1,8 +1,8 @@
 """Refuses splits whose parts share a recording, a group of clips, or the very same sound.
 
 What a probe has heard in training it knows again in the test: such scores are too good. Only rows
-that take part count, and what is mixed into views that train: by their group (where the bank's
-clips have one), by their recording, and clean ones by the digest of their audio.
+that take part count, and what is mixed into views that train: by every column that names groups,
+whichever of them the bootstrap draws by, and clean ones by the digest of their audio.
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from operator import itemgetter
-from typing import Literal, cast
 
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int
 
 from patchbank.pipeline.errors import TrialError
-from patchbank.probing.groups import Groups
+from patchbank.probing.groups import KNOWN_COLUMNS, Groups, is_empty
 from patchbank.probing.splits import SPLIT_NAMES, Split, is_clean
 
-Kind = Literal["groups", "recordings", "sounds"]
-KINDS: tuple[Kind, ...] = ("groups", "recordings", "sounds")
+DIGEST = "audio_sha256"
+"""The column that tells whether two clips are the same sound."""
 N_EXAMPLES = 3
 
 
@@ -39,22 +38,23 @@ class _Keys:
 def check_leakage(
     clips: pa.Table, splits: Sequence[Split], groups: Groups, *, allow: bool = False
 ) -> dict[str, int | None]:
-    """How many groups, recordings and sounds lie in two parts of a split; None where unknown.
+    """How many values of each column lie in two parts of a split; None where nothing is known.
 
-    Raises `TrialError` where there are some, unless `allow`.
+    The columns are those of `KNOWN_COLUMNS` that `clips` has, that of `groups`, and `DIGEST`, which
+    stands for sounds. Raises `TrialError` where there are some, unless `allow`.
     """
     keys = _keys(clips, groups)
     splits = [replace(split, train=_heard(split.train, clips)) for split in splits]
-    leaks = {kind: _leaks(keys[kind], splits) for kind in KINDS if kind in keys}
+    leaks = {column: _leaks(keys[column], splits) for column in keys}
     if any(leaks.values()) and not allow:
-        lines = [_line(kind, keys[kind], leaks[kind], clips) for kind in leaks if leaks[kind]]
+        lines = [_line(column, keys[column], leaks[column], clips) for column in leaks]
         raise TrialError(
             "found the same in several of train, valid and test, expected each in one of them:\n"
-            + "\n".join(lines)
+            + "\n".join(filter(None, lines))
             + "\nwhat has trained would be tested; correct the splits, or insist with "
             "--allow-leakage, which results.json records"
         )
-    return {kind: len(leaks[kind]) if kind in leaks else None for kind in KINDS}
+    return {DIGEST: None} | {column: len(found) for column, found in leaks.items()}
 
 
 def _heard(train: Int[np.ndarray, " train"], clips: pa.Table) -> Int[np.ndarray, " heard"]:
@@ -68,15 +68,20 @@ def _heard(train: Int[np.ndarray, " train"], clips: pa.Table) -> Int[np.ndarray,
     return np.union1d(train, np.array(sources, dtype=np.int64))
 
 
-def _keys(clips: pa.Table, groups: Groups) -> dict[Kind, _Keys]:
-    found = {"recordings": _numbered(clips.column("path").to_pylist())}
-    if groups.column != "path":
-        found["groups"] = _numbered(groups.names)
-    if "audio_sha256" in clips.column_names:
-        digests = clips.column("audio_sha256").to_pylist()
+def _keys(clips: pa.Table, groups: Groups) -> dict[str, _Keys]:
+    """Of each column; a row without a cell there is like no other, but by its path."""
+    columns = [name for name in KNOWN_COLUMNS if name in clips.column_names]
+    found = {
+        column: _numbered(
+            ["" if is_empty(cell) else str(cell) for cell in clips.column(column).to_pylist()]
+        )
+        for column in dict.fromkeys([groups.column, *columns])
+    }
+    if DIGEST in clips.column_names:
+        digests = clips.column(DIGEST).to_pylist()
         pairs = zip(digests, is_clean(clips), strict=True)
-        found["sounds"] = _numbered([digest if clean else "" for digest, clean in pairs])
-    return cast(dict[Kind, _Keys], found)
+        found[DIGEST] = _numbered([digest if clean else "" for digest, clean in pairs])
+    return found
 
 
 def _numbered(keys: Sequence[str | None]) -> _Keys:
@@ -98,21 +103,24 @@ def _leaks(keys: _Keys, splits: Sequence[Split]) -> dict[int, Split]:
     return leaks
 
 
-def _line(kind: Kind, keys: _Keys, leaks: Mapping[int, Split], clips: pa.Table) -> str:
+def _line(column: str, keys: _Keys, leaks: Mapping[int, Split], clips: pa.Table) -> str:
+    """What the error says of a column, "" where nothing of it leaks."""
+    if not leaks:
+        return ""
     examples = ", ".join(
-        _example(kind, keys, number, split, clips)
+        _example(column, keys, number, split, clips)
         for number, split in islice(sorted(leaks.items(), key=itemgetter(0)), N_EXAMPLES)
     )
     more = f", and {len(leaks) - N_EXAMPLES} more" if len(leaks) > N_EXAMPLES else ""
-    return f"  {len(leaks)} {kind if len(leaks) > 1 else kind.removesuffix('s')}: {examples}{more}"
+    return f"  {len(leaks)} by {column}: {examples}{more}"
 
 
-def _example(kind: Kind, keys: _Keys, number: int, split: Split, clips: pa.Table) -> str:
+def _example(column: str, keys: _Keys, number: int, split: Split, clips: pa.Table) -> str:
     own = np.flatnonzero(keys.numbers == number)
     rows = {name: np.intersect1d(getattr(split, name), own) for name in SPLIT_NAMES}
     parts = [name for name in SPLIT_NAMES if len(rows[name])]
     name = repr(keys.names[number])
-    if kind == "sounds":
+    if column == DIGEST:
         # A digest tells nobody anything; a clip of each part does.
         name = " = ".join(repr(clips["clip_id"][int(rows[part][0])].as_py()) for part in parts)
     where = "" if split.name == "split" else f" of {split.name}"

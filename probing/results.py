@@ -16,11 +16,21 @@ from jaxtyping import Float
 
 from patchbank.probing.atomic import write_atomically
 from patchbank.probing.evaluation import Fold
+from patchbank.probing.plain_text import cell
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-PACKAGES = ("patchbank", "torch", "numpy", "scikit-learn", "pyarrow", "safetensors")
+PACKAGES = (
+    "patchbank",
+    "torch",
+    "numpy",
+    "scikit-learn",
+    "pyarrow",
+    "safetensors",
+    "optuna",
+    "scipy",
+)
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -71,9 +81,7 @@ def write_predictions(
 
 def format_scores(results: Mapping[str, Any], title: str = "Test scores") -> Table:
     """The test scores as a table of at most 80 columns, validation means beside them."""
-    from rich.table import Table
-
-    table = Table(title=title, caption=_caption(results))
+    table = titled_table(title, _caption(results))
     table.add_column("probe", overflow="fold", max_width=18)
     table.add_column("metric")
     for header in ("mean ± std", "95 % interval", "valid"):
@@ -88,7 +96,7 @@ def format_scores(results: Mapping[str, Any], title: str = "Test scores") -> Tab
         if before not in (None, row["probe"]):
             table.add_section()
         table.add_row(
-            row["probe"] if row["probe"] != before else "",
+            cell(row["probe"] if row["probe"] != before else ""),
             row["metric"],
             f"{_text(row['mean'])} ± {_text(row['std'])}",
             f"{_text(row['ci95'][0])} - {_text(row['ci95'][1])}",
@@ -116,9 +124,7 @@ def comparison_table(
     rows: Sequence[Mapping[str, Any]], title: str, caption: str, *, all_pairs: bool = False
 ) -> Table:
     """Differences with intervals, corrected p-values and winners; the better one if `all_pairs`."""
-    from rich.table import Table
-
-    table = Table(title=title, caption=caption)
+    table = titled_table(title, caption)
     if all_pairs:
         table.add_column("probe", overflow="fold", max_width=18)
     table.add_column("against", overflow="fold", max_width=18)
@@ -128,14 +134,21 @@ def comparison_table(
     for row in rows:
         low, high = (_signed(bound) for bound in row["ci95"])
         table.add_row(
-            *([row["a"]] if all_pairs else []),
-            row["b"],
+            *([cell(row["a"])] if all_pairs else []),
+            cell(row["b"]),
             _signed(row["difference"]),
             f"{low} .. {high}",
             "-" if row["p_holm"] is None else f"{row['p_holm']:.3f}",
             "yes" if row["winner"] == row["a"] else "no",
         )
     return table
+
+
+def titled_table(title: str, caption: str) -> Table:
+    """A table without rows under a title, whatever names stand in it."""
+    from rich.table import Table
+
+    return Table(title=cell(title, "table.title"), caption=cell(caption, "table.caption"))
 
 
 def _signed(value: float | None) -> str:

@@ -250,6 +250,28 @@ HOSTILE = {
     "an index twice": ({"classes": {"cat": 0, "dog": 0, "owl": 1}}, "other than 0, 1, 2"),
     "indices that are true": ({"classes": {"cat": 0, "dog": True, "owl": 2}}, "other than 0, 1"),
     "a default of no class": ({"default_thresholds": ["bat"]}, "['bat'], no list of classes"),
+    "a probe without a name": ({"probe": 5}, "probe is 5, no text"),
+    "options in a row": ({"options": [1]}, "options is [1], no object"),
+    "a shape in a row": ({"shape": [24, 3]}, "shape is [24, 3], no object"),
+    "one layer": ({"layers": 12}, "layers is 12, no list"),
+    "layers in words": ({"layers": ["x"]}, "layers is ['x'], no different numbers from 1 on"),
+    "a layer twice": ({"layers": [3, 3]}, "layers is [3, 3], no different numbers"),
+    "a layer before the first": ({"layers": [0]}, "layers is [0], no different numbers"),
+    "a numbered encoder": ({"encoder_id": 7}, "encoder_id is 7, no text"),
+    "an encoder in a row": ({"encoder": []}, "encoder is [], no object"),
+    "an encoder named by a list": ({"encoder": {"name": []}}, "encoder.name is [], no text"),
+    "a front end of one": ({"encoder": {"frontend": 1}}, "encoder.frontend is 1, no object"),
+    "a window of ten": ({"window": 10}, "window is 10, no object"),
+    "a window in words": ({"window": {"window_s": "1"}}, "window.window_s is '1', no number"),
+    "an endless window": ({"window": {"window_s": 1e9}}, "window_s must be above 0 and at most"),
+    "an unknown rule": ({"window": {"pad": []}}, "window.pad is [], none of ('zero', 'repeat')"),
+    "a window of its own": ({"window": {"wide": 1}}, "unexpected keyword argument 'wide'"),
+    "tokens of text": ({"tokens": {"stored_dtype": "str"}}, "tokens.stored_dtype is 'str'"),
+    "a list of types": ({"tokens": {"stored_dtype": []}}, "tokens.stored_dtype is [], none"),
+    "half a mask": ({"tokens": {"mask_padding": 0.5}}, "tokens.mask_padding is 0.5, no true"),
+    "no digest": ({"plugin_sha256": None}, "plugin_sha256 is None, no text"),
+    "facts in a row": ({"validation": []}, "validation is [], no object"),
+    "a training of text": ({"training": "x"}, "training is 'x', no object"),
     "a task of neither kind": ({"multi_label": "yes"}, "multi_label is 'yes', no true or false"),
 }
 
@@ -274,7 +296,17 @@ def test_a_class_that_stands_twice_is_refused(tmp_path: Path) -> None:
         load_probe(tmp_path)
 
 
-@pytest.mark.parametrize("key", ["temperature", "thresholds", "classes", "shape", "multi_label"])
+def test_a_description_without_what_audio_needs_names_it() -> None:
+    with pytest.raises(
+        TrialError, match=r"no encoder\.frontend, tokens\.stored_dtype, tokens\.mask"
+    ):
+        artefact().check_origin()
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["temperature", "thresholds", "classes", "shape", "multi_label", "probe", "layers", "window"],
+)
 def test_a_description_that_lacks_a_field_is_refused(key: str, tmp_path: Path) -> None:
     save_probe(tmp_path, artefact())
     path = tmp_path / "probe.json"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from needle_sets import needle_tokens
 from scipy.sparse import csr_array
@@ -17,6 +18,7 @@ from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_valid
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from patchbank.cli.main import main
 from patchbank.pipeline.errors import TrialError
 from patchbank.probing import ProbeClassifier
 from patchbank.probing.artefact import load_probe
@@ -252,6 +254,22 @@ def test_what_is_saved_is_a_probe_as_training_leaves_it(tmp_path: Path) -> None:
     np.testing.assert_allclose(probe.predict_proba(x), classifier.predict_proba(x), rtol=1e-5)
     with pytest.raises(NotFittedError):
         quick().save(tmp_path)
+
+
+def test_a_probe_of_an_array_labels_no_audio_and_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    x, y = single()
+    quick("linear", n_epochs=1, learning_rate=1e-2).fit(x, y).save(tmp_path / "saved")
+    soundfile.write(tmp_path / "a.wav", np.zeros(16_000), 16_000)
+    words = str(tmp_path / "saved")
+    for line in (["predict", words, str(tmp_path / "a.wav")], ["export", words, "--out", "x.pt2"]):
+        assert main(line) == 1
+        said = capsys.readouterr().err
+        assert "trained on an array, no encoder is known; fit it on a bank's tokens" in said
+        assert "or use predict_proba()" in said
+    with pytest.raises(TrialError, match="no encoder is known"):
+        load_probe(tmp_path / "saved").check_encoder({"name": "tiny"}, "e" * 64)
 
 
 def test_a_probe_file_is_trained_and_saved_without_its_path(tmp_path: Path) -> None:

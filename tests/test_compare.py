@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -162,11 +163,27 @@ def test_runs_that_were_not_tested_alike_are_refused_with_the_difference(
     assert message in said
 
 
+FOREIGN: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "a list": lambda results: [],
+    "a list of scores alone": lambda results: results["scores"],
+    "scores in words": lambda results: results | {"scores": ["linear"]},
+    "probes in a row": lambda results: results | {"probes": list(results["probes"])},
+    "numbered classes": lambda results: results | {"classes": [0, 1, 2]},
+    "nobody's groups": lambda results: results | {"bootstrap_over": {}},
+    "an interval of one": lambda results: (
+        results | {"scores": [row | {"ci95": [0.5]} for row in results["scores"]]}
+    ),
+}
+
+
 def damage(run: Path, how: str) -> None:
     if how == "not finished":
         (run / "results.json").unlink()
     elif how == "cut":
         (run / "results.json").write_text('{"format": 1,')
+    elif how in FOREIGN:
+        results = results_of(run)
+        (run / "results.json").write_text(json.dumps(FOREIGN[how](results)))
     elif how == "older":
         (run / "resamples.parquet").unlink()
     elif how == "no Parquet":
@@ -182,6 +199,7 @@ BROKEN = {
     "older": "found no resamples.parquet in .*, which runs of an earlier version lack; train again",
     "no Parquet": "test-clips.parquet is damaged",
     "another run's": "are not of one run of this version; train again",
+    **dict.fromkeys(FOREIGN, "are not of one run of this version; train again"),
 }
 
 
@@ -227,6 +245,20 @@ def test_the_tables_fit_80_columns_and_json_holds_the_same(
     assert f"{found['comparisons'][0]['difference']:+.4f}" in words
     assert main(["compare", str(first), "--metric", "nothing"]) == 1
     assert capsys.readouterr().err.startswith("error: found no metric 'nothing'")
+
+
+def test_names_in_brackets_are_shown_as_they_are(
+    first: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("x[b]", "y[red]", ":dog:\x1b")
+    copies = [str(shutil.copytree(first, tmp_path / name)) for name in names]
+    assert main(["compare", *copies, "--probe", "linear", "--all-pairs"]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    scores, pairs = said.split("All pairs")
+    for name in ("x[b]", "y[red]", ":dog:\\x1b"):
+        assert name in scores
+        assert f"{name}:" in pairs
 
 
 def test_folds_are_compared_over_all_of_them(tmp_path: Path) -> None:

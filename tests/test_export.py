@@ -155,6 +155,16 @@ def test_a_program_gives_what_predict_gives_where_patchbank_is_not(
         np.testing.assert_allclose(row, predicted, rtol=0, atol=2e-6)  # the table has six digits
 
 
+def test_a_missing_folder_is_named_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "nodir/x.pt2"
+    assert main(["export", str(tmp_path / "no run"), "--out", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert f"found no folder {out.parent} for x.pt2" in said
+    assert f"make it: mkdir -p {out.parent}" in said
+
+
 def test_a_program_says_what_it_is(run: Path, tmp_path: Path) -> None:
     program = tmp_path / "model.pt2"
     line = ["export", str(run / "run"), "--probe", "protobin@4", "--out", str(program)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +88,8 @@ def test_a_run_stores_how_it_was_trained(run: tuple[Path, np.ndarray, np.ndarray
     assert training["recipe_id"] == "d" * 64
     assert training["settings"] == json.loads(json.dumps(asdict(SETTINGS)))
     assert training["environment"]["device"] == "cpu"
+    for package in ("scipy", "optuna", "torch"):
+        assert training["environment"][package] == version(package)
     assert training["command"] == ["patchbank", "train-probe", "my bank", "--out", "run"]
     assert set(training) == {
         "bank", "recipe_id", "fold", "learning_rate", "weight_decay", "seed", "valid_score",

@@ -67,19 +67,19 @@ def train(
 
 
 def test_a_split_that_cuts_recordings_is_refused_before_a_token_is_read(tmp_path: Path) -> None:
-    with pytest.raises(TrialError, match=r"1 recording: 'r14.wav' in train and valid\n"):
+    with pytest.raises(TrialError, match=r"1 by path: 'r14.wav' in train and valid\n"):
         train(tmp_path, parts=["train"] * 29 + PARTS[29:], unreadable=True)
     assert not (tmp_path / "results.json").exists()
 
 
 def test_a_group_across_splits_is_refused_and_counted_on_request(tmp_path: Path) -> None:
     columns = {"site": ["hill"] * 30 + [f"site{row // 2}" for row in range(30)]}
-    with pytest.raises(TrialError, match="1 group: 'hill' in train and valid"):
+    with pytest.raises(TrialError, match="1 by site: 'hill' in train and valid"):
         train(tmp_path, columns=columns, group="site", unreadable=True)
     results = train(tmp_path, columns=columns, group="site", allow_leakage=True)
-    assert results["leakage"] == {"groups": 1, "recordings": 0, "sounds": None}
+    assert results["leakage"] == {"site": 1, "path": 0, "audio_sha256": None}
     assert results["bootstrap_over"] == {"column": "site", "n_groups": 10}
-    assert train(tmp_path)["leakage"] == {"groups": None, "recordings": 0, "sounds": None}
+    assert train(tmp_path / "plain")["leakage"] == {"path": 0, "audio_sha256": None}
 
 
 def test_clips_of_one_recording_are_drawn_together(tmp_path: Path) -> None:
