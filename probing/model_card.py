@@ -12,8 +12,11 @@ from typing import Any
 
 from patchbank.probing.artefact import ProbeArtefact
 from patchbank.probing.calibration import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
+from patchbank.probing.markdown import code, code_block, escaped, one_line
 from patchbank.probing.thresholds import DEFAULT_THRESHOLD
 
+NEEDS_NO_FILE = ("fake", "logmel", "tiny", "tiny-random")
+"""Encoders whose weights, if any, come with patchbank."""
 MOST_CLASSES = 60
 """Rows of the table of classes; `probe.json` has all."""
 ONE_LICENCE = 30
@@ -24,7 +27,8 @@ def model_card(
     artefact: ProbeArtefact, *, name: str, results: Mapping[str, Any], licence: str = ""
 ) -> str:
     """Markdown with a YAML header; `results` is what results.json holds, `licence` of the encoder's
-    weights."""
+    weights. No name or value in it becomes markup."""
+    licence = one_line(licence)
     scores = [row for row in results["scores"] if row["probe"] == name]
     parts = [
         _header(scores, licence),
@@ -43,11 +47,10 @@ def _header(scores: Sequence[Mapping[str, Any]], licence: str) -> str:
     lines = ["---", "library_name: patchbank", "pipeline_tag: audio-classification", "tags:"]
     lines += [f"- {tag}" for tag in ("audio-classification", "patchbank", "probe")]
     if licence and len(licence) <= ONE_LICENCE:
-        lines.append(f"license: {json.dumps(licence.lower().replace(' ', '-'))}")
+        lines.append(f"license: {_yaml(licence.lower().replace(' ', '-'))}")
     elif licence:
-        lines += ["license: other", f"license_name: {json.dumps(licence)}"]
-    # JSON strings are YAML strings, whatever is in them.
-    lines += ["metrics:", *(f"- {json.dumps(metric)}" for metric in metrics)]
+        lines += ["license: other", f"license_name: {_yaml(licence)}"]
+    lines += ["metrics:", *(f"- {_yaml(metric)}" for metric in metrics)]
     return "\n".join([*lines, "---"])
 
 
@@ -56,18 +59,18 @@ def _summary(artefact: ProbeArtefact, name: str, licence: str) -> str:
     layers = "+".join(map(str, artefact.layers))
     window_s = artefact.window.get("window_s")
     rows = {
-        "probe": f"`{artefact.probe}` {json.dumps(artefact.options)}",
-        "encoder": f"`{artefact.encoder.get('name', 'unknown')}`, layer {layers}",
-        "encoder id": f"`{artefact.encoder_id}`",
-        "licence of the encoder's weights": licence or "not stated",
-        "bank": f"`{artefact.training.get('bank', 'unknown')}`",
-        "recipe id": f"`{artefact.training.get('recipe_id', 'unknown')}`",
+        "probe": f"{code(artefact.probe)} {code(json.dumps(artefact.options))}",
+        "encoder": f"{code(_encoder_name(artefact))}, layer {layers}",
+        "encoder id": code(artefact.encoder_id),
+        "licence of the encoder's weights": escaped(licence) or "not stated",
+        "bank": code(str(artefact.training.get("bank", "unknown"))),
+        "recipe id": code(str(artefact.training.get("recipe_id", "unknown"))),
         "window": "unknown" if window_s is None else f"{window_s:g} s",
         "classes": str(len(artefact.classes)),
     }
     return "\n".join(
         [
-            f"# {name}",
+            f"# {escaped(name)}",
             "",
             f"A probe that gives a window of audio {kind} {len(artefact.classes)} classes, from "
             "the tokens of a frozen encoder. The encoder is not in this folder.",
@@ -80,7 +83,7 @@ def _summary(artefact: ProbeArtefact, name: str, licence: str) -> str:
 
 
 def _scores(scores: Sequence[Mapping[str, Any]], fold: str) -> str:
-    saved = "" if fold == "split" else f" and, among the folds, `{fold}`"
+    saved = "" if fold == "split" else f" and, among the folds, {code(fold)}"
     lines = [
         "## Scores",
         "",
@@ -131,7 +134,7 @@ def _decisions(artefact: ProbeArtefact) -> str:
     found = zip(artefact.classes, artefact.thresholds, facts["f1"], strict=True)
     for name, threshold, f1 in list(found)[:MOST_CLASSES]:
         reached = "not chosen: no validation clip has it" if f1 is None else f"{f1:.3f}"
-        lines.append(f"| {_cell(name)} | {threshold:.4f} | {reached} |")
+        lines.append(f"| {escaped(name)} | {threshold:.4f} | {reached} |")
     if len(artefact.classes) > MOST_CLASSES:
         n_more = len(artefact.classes) - MOST_CLASSES
         lines += ["", f"{n_more} more classes are in `probe.json`."]
@@ -142,8 +145,12 @@ def _decisions(artefact: ProbeArtefact) -> str:
 
 
 def _use(artefact: ProbeArtefact) -> str:
-    own = " --plugin FILE.py" if artefact.plugin_sha256 else ""
-    plugin = ', plugin="FILE.py"' if artefact.plugin_sha256 else ""
+    files = {
+        "weights": "FILE" if _weights_of(artefact) else "",
+        "plugin": "FILE.py" if artefact.plugin_sha256 else "",
+    }
+    typed = "".join(f" --{name} {file}" for name, file in files.items() if file)
+    passed = "".join(f', {name}="{file}"' for name, file in files.items() if file)
     lines = [
         "## Use",
         "",
@@ -152,25 +159,34 @@ def _use(artefact: ProbeArtefact) -> str:
         "```python",
         "from patchbank.cli.predictor import Predictor",
         "",
-        f'predictor = Predictor("."{plugin})',
+        f'predictor = Predictor("."{passed})',
         'rows = list(predictor.audio("recordings/"))',
         "```",
         "",
         "```bash",
-        f"patchbank predict . recordings/ --format audacity --out labels/{own}",
+        f"patchbank predict . recordings/ --format audacity --out labels/{typed}",
         "```",
     ]
+    encoder = code(_encoder_name(artefact))
+    if _weights_of(artefact):
+        digest = code(_weights_of(artefact))
+        lines += ["", f"FILE is the checkpoint of {encoder}; its sha256 is {digest}."]
+    if _encoder_name(artefact) not in NEEDS_NO_FILE:
+        lines += [
+            "",
+            f"If a file of your own builds {encoder}: `--encoder FILE.py` as well.",
+        ]
     if artefact.plugin_sha256:
-        lines += ["", f"FILE.py builds the probe; its sha256 is `{artefact.plugin_sha256}`."]
+        lines += ["", f"FILE.py builds the probe; its sha256 is {code(artefact.plugin_sha256)}."]
     return "\n".join(lines)
 
 
 def _training(artefact: ProbeArtefact) -> str:
     training = dict(artefact.training)
     command = training.pop("command", [])
-    typed = ["```bash", shlex.join(command), "```"] if command else ["Trained from Python."]
+    typed = code_block("bash", shlex.join(command)) if command else "Trained from Python."
     facts = {key: value for key, value in training.items() if key not in ("bank", "recipe_id")}
-    return "\n".join(["## Training", "", *typed, "", "```json", json.dumps(facts, indent=2), "```"])
+    return "\n\n".join(["## Training", typed, code_block("json", json.dumps(facts, indent=2))])
 
 
 def _limits(artefact: ProbeArtefact, results: Mapping[str, Any]) -> str:
@@ -178,8 +194,8 @@ def _limits(artefact: ProbeArtefact, results: Mapping[str, Any]) -> str:
 
 
 def _found_limits(artefact: ProbeArtefact, results: Mapping[str, Any]) -> Iterator[str]:
-    encoder = artefact.encoder.get("name", "unknown")
-    yield f"Tokens of another encoder than `{encoder}` with these weights are refused."
+    encoder = code(_encoder_name(artefact))
+    yield f"Tokens of another encoder than {encoder} with these weights are refused."
     yield "Nothing but its classes can be found, and other recordings may be other than these."
     loss = artefact.training.get("settings", {}).get("loss")
     if artefact.multi_label and loss in ("auto", "asymmetric"):
@@ -193,7 +209,7 @@ def _found_limits(artefact: ProbeArtefact, results: Mapping[str, Any]) -> Iterat
     if unjudged:
         yield (
             f"{len(unjudged)} classes could not be judged on the test clips of a fold: "
-            + ", ".join(list(unjudged)[:MOST_CLASSES])
+            + ", ".join(map(escaped, list(unjudged)[:MOST_CLASSES]))
         )
 
 
@@ -201,5 +217,16 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+def _encoder_name(artefact: ProbeArtefact) -> str:
+    return str(artefact.encoder.get("name", "unknown"))
+
+
+def _weights_of(artefact: ProbeArtefact) -> str:
+    """The digest of the file that the encoder needs, "" where it needs none."""
+    own = _encoder_name(artefact) in NEEDS_NO_FILE
+    return "" if own else str(artefact.encoder.get("weights_sha256", ""))
+
+
+def _yaml(text: str) -> str:
+    """A JSON string, which is a YAML string, whatever is in it."""
+    return json.dumps(one_line(text), ensure_ascii=False)

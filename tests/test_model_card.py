@@ -10,14 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 from needle_sets import NeedleBank, clip_table, needle_tokens
 from sklearn.metrics import f1_score, log_loss
 
+from patchbank.pipeline.encoders.catalogue import ENCODERS
 from patchbank.probing.artefact import ProbeArtefact, load_probe
 from patchbank.probing.calibration import HIGHEST_TEMPERATURE
 from patchbank.probing.evaluation import Fold
+from patchbank.probing.groups import read_groups
 from patchbank.probing.labels import read_labels
-from patchbank.probing.model_card import MOST_CLASSES, model_card
+from patchbank.probing.model_card import MOST_CLASSES, NEEDS_NO_FILE, model_card
 from patchbank.probing.probes.base import ProbeShape
 from patchbank.probing.protocol import train
 from patchbank.probing.run import run_training
@@ -48,7 +51,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray, np.
     targets[:, 0] = 1
     targets[2::4, 3] = 0
     card = {"encoder": {"name": "needle"}, "window": {"window_s": 10.0}, "licence": "CC BY-NC 4.0"}
-    bank = NeedleBank(clip_table(120, split=SPLITS), tokens, card=card)
+    paths = [f"{clip}.wav" for clip in range(120)]
+    bank = NeedleBank(clip_table(120, split=SPLITS, path=paths), tokens, card=card)
     labels = table_of(folder, bank, targets)
     command = ["patchbank", "train-probe", "my bank", "--out", "run"]
     run_training(
@@ -105,7 +109,7 @@ def test_the_card_has_a_header_that_hubs_read(run: tuple[Path, np.ndarray, np.nd
         "pipeline_tag": "audio-classification",
         "tags": ["audio-classification", "patchbank", "probe"],
         "license": "cc-by-nc-4.0",
-        "metrics": ["map_macro", "map_micro", "auroc_macro"],
+        "metrics": ["map_macro", "map_micro", "auroc_macro", "d_prime", "lwlrap"],
     }
 
 
@@ -150,7 +154,10 @@ def test_folds_choose_on_the_saved_folds_validation_clips(tmp_path: Path) -> Non
             settings=SETTINGS,
         )
         folds.append(Fold(split, outcomes))
-    write_run(FinishedRun(bank, labels, tuple(folds), SETTINGS), tmp_path / "run")
+    write_run(
+        FinishedRun(bank, labels, tuple(folds), SETTINGS, read_groups(bank.clips), {}),
+        tmp_path / "run",
+    )
     probe = load_probe(tmp_path / "run/linear")
     [split] = [fold.split for fold in folds if fold.split.name == probe.training["fold"]]
     found = probe.predict_proba(tokens[split.valid])
@@ -187,3 +194,91 @@ def test_names_that_would_break_a_table_or_a_header_do_not() -> None:
     assert "--plugin FILE.py" in card
     header = yaml.safe_load(card.split("---\n")[1])
     assert (header["license"], header["license_name"]) == ("other", licence)
+
+
+HOSTILE = (
+    "x\n\n# Owned\r<script>alert(1)</script> <!-- `|` [a](javascript:b) ![c](d) **e** _f_ | g |"
+    "\x1b[2J\u2028--- \\| `` ``` ~~h~~ &lt; $i$"
+)
+
+
+def hostile_card() -> str:
+    bad = HOSTILE
+    probe = ProbeArtefact(
+        probe=bad,
+        options={bad: bad},
+        classes=(bad, "dog"),
+        multi_label=True,
+        shape=ProbeShape(4, 2),
+        weights={},
+        layers=(3,),
+        encoder_id=bad,
+        encoder={"name": bad, "weights_sha256": bad},
+        thresholds=(0.5, 0.5),
+        validation={"n_clips": 3, "nll_before": 1.0, "nll_after": 0.5, "f1": [1.0, 1.0]},
+        plugin_sha256=bad,
+        training={
+            "bank": bad,
+            "recipe_id": bad,
+            "fold": bad,
+            "command": ["patchbank", f"```\n{bad}"],
+            "settings": {"loss": bad},
+        },
+    )
+    results = {"scores": [], "left_out": [{"split": "test", "classes": [bad]}]}
+    return model_card(probe, name=bad, results=results, licence=bad)
+
+
+def test_no_name_or_value_becomes_markup() -> None:
+    _, header, body = hostile_card().split("---\n", 2)
+    licence = yaml.safe_load(header)["license_name"]
+    assert licence == " ".join(HOSTILE.replace("\x1b", " ").split())
+    blocks = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(body)
+    inside = [one for block in blocks for one in block.children or ()]
+    kinds = {one.type for one in [*blocks, *inside]}
+    assert not kinds & {"html_block", "html_inline", "link_open", "image", "em_open", "strong_open"}
+    assert not kinds & {"s_open", "hr", "hardbreak"}
+    assert [one.tag for one in blocks if one.type == "heading_open"] == ["h1"] + 5 * ["h2"]
+    assert "\x1b" not in body.split("## Training")[0]
+    # Eight facts and the empty header of two cells; seven cells of scores; three rows of classes.
+    n_cells = sum(one.type in ("td_open", "th_open") for one in blocks)
+    assert n_cells == 2 * 9 + 7 + 3 * 3
+    shown = " ".join(HOSTILE.replace("\x1b", " ").split())
+    texts = ["".join(one.content for one in block.children or ()) for block in blocks]
+    assert sum(shown in text for text in texts) >= 10
+    [command, facts] = [one.content for one in blocks if one.type == "fence"][2:]
+    assert HOSTILE.replace("\r", "\n") in command
+    assert json.loads(facts)["fold"] == HOSTILE
+
+
+@pytest.mark.parametrize(
+    ("encoder", "weights", "says_encoder"),
+    [
+        ({"name": "tiny", "weights_sha256": "b" * 64}, False, False),
+        ({"name": "logmel", "weights_sha256": ""}, False, False),
+        ({"name": "beats", "weights_sha256": "b" * 64}, True, True),
+        ({"name": "mine", "weights_sha256": ""}, False, True),
+    ],
+)
+def test_the_cards_commands_name_the_files_that_they_need(
+    encoder: dict[str, str], weights: bool, says_encoder: bool
+) -> None:
+    probe = ProbeArtefact(
+        "linear",
+        {},
+        ("cat", "dog"),
+        False,
+        ProbeShape(4, 2),
+        {},
+        encoder=encoder,
+        validation={"n_clips": 3, "nll_before": 1.0, "nll_after": 0.5},
+    )
+    card = model_card(probe, name="linear", results={"scores": [], "left_out": []})
+    assert ("--out labels/ --weights FILE\n" in card) == weights
+    assert ('Predictor(".", weights="FILE")' in card) == weights
+    assert (f"FILE is the checkpoint of `{encoder['name']}`; its sha256 is `bbb" in card) == weights
+    assert ("`--encoder FILE.py` as well" in card) == says_encoder
+
+
+def test_encoders_that_need_no_file_are_those_of_the_catalogue() -> None:
+    assert {name for name, one in ENCODERS.items() if not one.weights} == set(NEEDS_NO_FILE)
