@@ -19,7 +19,6 @@ import pytest
 import torch
 from needle_sets import NeedleBank, clip_table, needle_tokens
 
-from patchbank.cli.main import main
 from patchbank.pipeline.bank import Bank
 from patchbank.pipeline.errors import BankMismatch, TrialError
 from patchbank.probing import checkpoint
@@ -361,9 +360,9 @@ def test_ctrl_c_keeps_what_was_trained_and_kill_9_what_a_checkpoint_holds(
         time.sleep(0.01)
     process.kill()
     process.wait(60)
-    assert main(line) == 0
+    both = [start(line, log), start(line_of(sealed, labels, tmp_path / "whole"), log)]
+    assert [process.wait(240) for process in both] == [0, 0]
     results = json.loads((out / "results.json").read_text())
-    assert main(line_of(sealed, labels, tmp_path / "whole")) == 0
     expected = json.loads((tmp_path / "whole/results.json").read_text())
     assert without_times(results) == without_times(expected)
     assert files(out) == files(tmp_path / "whole")
