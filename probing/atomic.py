@@ -34,7 +34,9 @@ def write_tensors(
 
     def write(temporary: Path) -> None:
         try:
-            safetensors.torch.save_file(dict(tensors), temporary, metadata=dict(metadata or {}))
+            safetensors.torch.save_file(
+                dict(tensors), temporary, metadata=None if metadata is None else dict(metadata)
+            )
         except safetensors.SafetensorError as error:
             raise OSError(errno.EIO, f"cannot write it ({error})", str(path)) from error
 
