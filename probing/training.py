@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +15,7 @@ from torch import Tensor
 from patchbank.pipeline.errors import TrialError
 from patchbank.probing.batch import Batch, TokenSource
 from patchbank.probing.checkpoint import Checkpoint, State
+from patchbank.probing.interruption import stopping_between_batches
 from patchbank.probing.memory import MemoryStack
 from patchbank.probing.optimiser import cosine_factor
 from patchbank.probing.passes import BatchTokens, Course, Part, last_layer, union
@@ -259,32 +257,6 @@ def _pupils(
         )
         for course in courses
     ]
-
-
-@contextmanager
-def stopping_between_batches() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C waits for the end of a batch, which it is asked for; a second one does not.
-
-    Where signals cannot be handled (another thread, or somebody else handles this one) all is as
-    it was.
-    """
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
-        yield lambda: False
-        return
-    was_asked = threading.Event()
-
-    def ask(number: int, frame: object) -> None:
-        was_asked.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield was_asked.is_set
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _Pupil:
