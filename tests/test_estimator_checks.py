@@ -15,12 +15,12 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     # Searches the learning rate.
     "linear": {"n_candidates": 2},
     "protobin": {"learning_rate": 0.08},
-    "mhca": {"learning_rate": 0.1},
-    # As wide as the data by default, which are two numbers in these checks.
-    "mlp": {"learning_rate": 0.1, "options": {"hidden": 16}},
     "knn": {},
 }
 SLOWER: dict[str, dict[str, Any]] = {
+    "mhca": {"learning_rate": 0.1},
+    # As wide as the data by default, which are two numbers in these checks.
+    "mlp": {"learning_rate": 0.1, "options": {"hidden": 16}},
     "linpre": {"learning_rate": 0.1},
     "conv": {"learning_rate": 0.03},
     "ep": {"learning_rate": 0.1},
