@@ -61,8 +61,9 @@ class MemoryStack:
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Remembers what the stack of a `state` did."""
-        self._vectors = [state[key].to(self._device) for key in ("vectors",) if key in state]
-        self._targets = [state[key].to(self._device) for key in ("targets",) if key in state]
+        if state:
+            self._vectors = [state["vectors"].to(self._device)]
+            self._targets = [state["targets"].to(self._device)]
 
     def _join(self) -> None:
         if len(self._vectors) > 1:

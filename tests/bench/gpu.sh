@@ -11,11 +11,12 @@
 #       --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 \
 #       --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 --platform any \
 #       'setuptools>=77,<82' 'torchvision>=0.26,<0.27' \
-#       anyio beartype certifi cffi click cloudpickle dask distributed donfig filelock fsspec \
-#       google-crc32c h11 h5py hf-xet httpcore2 httpx2 huggingface-hub hypothesis idna \
-#       importlib-metadata iniconfig jaxtyping jinja2 lazy-importer locket msgpack numcodecs \
-#       packaging partd pillow pluggy psutil pyarrow pycparser pygments pytest pyyaml safetensors \
-#       sortedcontainers soundfile tblib timm toolz tornado tqdm truststore typing-extensions \
+#       alembic annotated-types anyio beartype certifi cffi click cloudpickle colorlog dask distributed donfig filelock fsspec \
+#       google-crc32c greenlet h11 h5py hf-xet httpcore2 httpx2 huggingface-hub hypothesis idna \
+#       importlib-metadata iniconfig jaxtyping jinja2 lazy-importer locket mako markupsafe msgpack \
+#       numcodecs optuna packaging partd pillow pluggy psutil pyarrow pycparser pydantic \
+#       pydantic-core pygments pytest pyyaml safetensors sortedcontainers soundfile sqlalchemy tblib \
+#       timm tomli-w toolz tornado tqdm truststore typing-extensions typing-inspection \
 #       wadler-lindig zarr zict zipp
 #
 # These are about 100 MB, half of them pyarrow.
