@@ -82,6 +82,19 @@ class BankCorrupt(BankError):
     """Bytes of a bank are not what its records say; the message names shard and row."""
 
 
+class StoreError(PatchbankError):
+    """A folder, bucket, server or hub did not do what it was asked; `may_pass` where a retry may
+    help: a cut connection, a busy server, fewer bytes than promised."""
+
+    def __init__(self, message: str, *, may_pass: bool = False) -> None:
+        self.may_pass = may_pass
+        super().__init__(message)
+
+
+class NotInStore(StoreError):
+    """A store has no such file."""
+
+
 class TrialError(PatchbankError):
     """A probe cannot be trained or applied as asked."""
 

@@ -1,0 +1,1 @@
+"""Banks between machines: stores, push, pull, catalogue, signatures, reading from afar."""

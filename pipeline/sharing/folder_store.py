@@ -1,0 +1,163 @@
+"""A folder of this disk, or of a network share that is mounted, as a store."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from patchbank.pipeline.bank.writer import FileRecord, fsync_folder
+from patchbank.pipeline.errors import NotInStore, StoreError
+from patchbank.pipeline.sharing.store import PIECE_BYTES, Meter, Upload
+from patchbank.pipeline.sharing.transfer import put_in_parallel
+
+DRAFTS = ".drafts"
+"""Where files lie until they are whole, in the folder that the store was opened at."""
+
+
+class FolderStore:
+    """See `Store`. No link below its folder is followed, in reading or in writing."""
+
+    is_writable = True
+    can_list = True
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def open(cls, place: str) -> FolderStore:
+        """The store of a path, or of a file:// address of this machine."""
+        if "://" not in place:
+            return cls(Path(place))
+        parts = urlsplit(place)
+        if parts.netloc not in ("", "localhost"):
+            raise StoreError(f"{place} names the machine {parts.netloc}; mount its share first")
+        return cls(Path(unquote(parts.path)))
+
+    @property
+    def url(self) -> str:
+        return str(self.folder)
+
+    def below(self, part: str) -> FolderStore:
+        return FolderStore(self.folder / part)
+
+    def sizes(self) -> Mapping[str, int]:
+        found: dict[str, int] = {}
+        left = [self.folder]
+        while left:
+            with suppress(FileNotFoundError, NotADirectoryError), os.scandir(left.pop()) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        if entry.name != DRAFTS:
+                            left.append(Path(entry.path))
+                    elif entry.is_file(follow_symlinks=False):
+                        name = Path(entry.path).relative_to(self.folder).as_posix()
+                        with suppress(FileNotFoundError):
+                            found[name] = entry.stat(follow_symlinks=False).st_size
+        return found
+
+    def folders(self) -> Sequence[str]:
+        try:
+            with os.scandir(self.folder) as entries:
+                return sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def size(self, name: str) -> int | None:
+        path = self._path(name)
+        try:
+            return path.stat().st_size if path.is_file() else None
+        except OSError:
+            return None
+
+    def stream(self, name: str, start: int, stop: int) -> Iterator[bytes]:
+        try:
+            with self._path(name).open("rb") as file:
+                file.seek(start)
+                while start < stop:
+                    piece = file.read(min(PIECE_BYTES, stop - start))
+                    if not piece:
+                        raise StoreError(
+                            f"{self.url}/{name} ends at byte {start}, expected {stop}",
+                            may_pass=True,
+                        )
+                    start += len(piece)
+                    yield piece
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise NotInStore(f"{self.url} has no file {name}") from None
+
+    def document(self, name: str, *, most_bytes: int) -> bytes | None:
+        size = self.size(name)
+        if size is None:
+            return None
+        if size > most_bytes:
+            raise StoreError(f"{self.url}/{name} has {size} bytes, expected at most {most_bytes}")
+        return b"".join(self.stream(name, 0, size))
+
+    def put(self, upload: Upload, meter: Meter) -> None:
+        record = upload.record
+        target = self._path(record.path)
+        draft = self.folder / DRAFTS / uuid.uuid4().hex
+        draft.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with draft.open("xb") as file:
+                for piece in pieces_of(upload.source):
+                    file.write(piece)
+                    meter(len(piece))
+                file.flush()
+                os.fsync(file.fileno())
+            with draft.open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+            if found != record.sha256:
+                raise StoreError(
+                    f"{self.url}/{record.path}: what arrived has SHA-256 {found[:12]}, expected "
+                    f"{record.sha256[:12]}: the file here or the disk there is damaged; run "
+                    "`patchbank bank verify` on the bank"
+                )
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draft.replace(target)
+            fsync_folder(target.parent)
+        finally:
+            draft.unlink(missing_ok=True)
+            with suppress(OSError):
+                draft.parent.rmdir()
+
+    def put_all(
+        self, uploads: Sequence[Upload], meter: Meter, done: Callable[[Upload], None]
+    ) -> None:
+        put_in_parallel(self, uploads, meter, done)
+
+    def proves(self, record: FileRecord, *, size: int) -> bool | None:
+        return False if size != record.size else None
+
+    def remove(self, names: Sequence[str]) -> None:
+        for name in names:
+            path = self._path(name)
+            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                while path.parent != self.folder.parent:
+                    path = path.parent
+                    path.rmdir()
+
+    def _path(self, name: str) -> Path:
+        """Where a file lies; `StoreError` where a folder on the way, or the file, is a link."""
+        path = self.folder
+        for part in name.split("/"):
+            path = path / part
+            if path.is_symlink():
+                raise StoreError(f"{path} is a link, which a bank does not have; remove it")
+        return path
+
+
+def pieces_of(source: Path | bytes) -> Iterator[bytes]:
+    """The bytes of an upload."""
+    if isinstance(source, bytes):
+        yield source
+        return
+    with source.open("rb") as file:
+        while piece := file.read(PIECE_BYTES):
+            yield piece
