@@ -202,9 +202,7 @@ class RemoteFiles:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / URL).write_text(self.where, encoding="utf-8")
 
-    def _fetch_into(
-        self, process: _Process, folder: Path, records: Sequence[FileRecord]
-    ) -> None:
+    def _fetch_into(self, process: _Process, folder: Path, records: Sequence[FileRecord]) -> None:
         drafts = {record.path: folder / DRAFTS / uuid.uuid4().hex for record in records}
         try:
             (folder / DRAFTS).mkdir(parents=True, exist_ok=True)
@@ -240,6 +238,18 @@ class RemoteFiles:
         with draft.open("r+b") as file:
             file.seek(start)
             file.write(data)
+
+    def check_sizes(self) -> None:
+        """Compares all sizes with what the store lists, where it can; `BankCorrupt`."""
+        store = self._process().store
+        listed = with_retries(store.sizes) if store.can_list else None
+        for name, record in self.seal.files.items():
+            found = record.size if listed is None else listed.get(name)
+            if found != record.size:
+                what = "is missing" if found is None else f"has {found} bytes"
+                raise BankCorrupt(
+                    f"{self.where}: {shown(name)} {what}, sealed {record.size}; {AFAR}"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_processes": {}}

@@ -183,7 +183,7 @@ class RowCache:
         finally:
             os.close(descriptor)
 
-    def keep(self, path: Path, offset: int, data: bytes) -> None:
+    def keep(self, path: Path, offset: int, data: bytes | memoryview) -> None:
         """Writes what was proven to belong there."""
         if self._is_closed or not self._has_room(len(data)):
             return
