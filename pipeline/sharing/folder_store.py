@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from patchbank.pipeline.bank.writer import FileRecord, fsync_folder
@@ -17,6 +19,8 @@ from patchbank.pipeline.sharing.transfer import put_in_parallel
 
 DRAFTS = ".drafts"
 """Where files lie until they are whole, in the folder that the store was opened at."""
+MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.EAGAIN)
+"""What a network share answers while its server is away."""
 
 
 class FolderStore:
@@ -101,17 +105,27 @@ class FolderStore:
     def put(self, upload: Upload, meter: Meter) -> None:
         record = upload.record
         target = self._path(record.path)
-        draft = self.folder / DRAFTS / uuid.uuid4().hex
-        draft.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with draft.open("xb") as file:
+            self._put(upload, target, meter)
+        except OSError as error:
+            raise StoreError(
+                f"{self.url}/{record.path} cannot be written: {error.strerror}; free some space or "
+                "ask for the right to write, and run the same command again",
+                may_pass=error.errno in MAY_PASS,
+            ) from error
+
+    def _put(self, upload: Upload, target: Path, meter: Meter) -> None:
+        record = upload.record
+        draft, file = self._open_draft()
+        try:
+            with file:
                 for piece in pieces_of(upload.source):
                     file.write(piece)
                     meter(len(piece))
                 file.flush()
                 os.fsync(file.fileno())
-            with draft.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            with draft.open("rb") as written:
+                found = hashlib.file_digest(written, "sha256").hexdigest()
             if found != record.sha256:
                 raise StoreError(
                     f"{self.url}/{record.path}: what arrived has SHA-256 {found[:12]}, expected "
@@ -125,6 +139,13 @@ class FolderStore:
             draft.unlink(missing_ok=True)
             with suppress(OSError):
                 draft.parent.rmdir()
+
+    def _open_draft(self) -> tuple[Path, BinaryIO]:
+        while True:
+            draft = self.folder / DRAFTS / uuid.uuid4().hex
+            draft.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # another thread's last draft has just gone
+                return draft, draft.open("xb")
 
     def put_all(
         self, uploads: Sequence[Upload], meter: Meter, done: Callable[[Upload], None]
