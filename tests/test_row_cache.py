@@ -152,8 +152,7 @@ def test_a_full_disk_is_no_failure(tmp_path: Path) -> None:
     try:
         cache, path = RowCache(tmp_path, 2**30), shard(tmp_path, ONE, 0)
         with pytest.warns(UserWarning, match=os.strerror(errno.ENOSPC)):
-            for number in range(32):
-                cache.keep(path, number * PAGE, b"a" * PAGE)
+            cache.keep(path, 0, b"a" * 32 * PAGE)
         memory = bytearray(PAGE)
         assert cache.read(path, 0, memoryview(memory))
         assert memory == b"a" * PAGE
