@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -17,8 +19,11 @@ from patchbank.pipeline.errors import NotInStore, StoreError
 from patchbank.pipeline.sharing.store import PIECE_BYTES, Meter, Upload
 from patchbank.pipeline.sharing.transfer import put_in_parallel
 
-DRAFTS = ".drafts"
-"""Where files lie until they are whole, in the folder that the store was opened at."""
+DRAFTS = ".work"
+"""Where files lie until they are whole, in the folder that the store was opened at; a bank has
+nothing that is sealed there."""
+JUST_MADE_S = 1.0
+"""So old is a draft that is surely locked by who makes it."""
 MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.EAGAIN)
 """What a network share answers while its server is away."""
 
@@ -142,15 +147,29 @@ class FolderStore:
 
     def _open_draft(self) -> tuple[Path, BinaryIO]:
         while True:
-            draft = self.folder / DRAFTS / uuid.uuid4().hex
+            draft = self.folder / DRAFTS / f"put.{uuid.uuid4().hex}"
             draft.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):  # another thread's last draft has just gone
-                return draft, draft.open("xb")
+                file = draft.open("xb")
+                with suppress(OSError):  # no locks on this disk: drafts of the killed stay
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return draft, file
 
     def put_all(
         self, uploads: Sequence[Upload], meter: Meter, done: Callable[[Upload], None]
     ) -> None:
+        self._sweep()
         put_in_parallel(self, uploads, meter, done)
+
+    def _sweep(self) -> None:
+        """Removes the drafts of processes that were killed: nobody holds their locks."""
+        for draft in (self.folder / DRAFTS).glob(f"put.{'[0-9a-f]' * 32}"):
+            with suppress(OSError), draft.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - draft.stat().st_mtime > JUST_MADE_S:
+                    draft.unlink()
+        with suppress(OSError):
+            (self.folder / DRAFTS).rmdir()
 
     def proves(self, record: FileRecord, *, size: int) -> bool | None:
         return False if size != record.size else None
