@@ -119,7 +119,12 @@ def golden_problems(
 
 
 @app.command()
-def show(bank: BankPath, json_output: AsJson = False) -> None:
+def show(
+    bank: Annotated[
+        str, typer.Argument(metavar="BANK|URL", help="A bank's folder, or its address.")
+    ],
+    json_output: AsJson = False,
+) -> None:
     """Say what a bank holds: encoder, layers, window, clips, failures, size, licence."""
     import json
 
