@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from patchbank.pipeline.bank.writer import FileRecord, fsync_folder
@@ -76,7 +78,7 @@ class FolderStore:
 
     def stream(self, name: str, start: int, stop: int) -> Iterator[bytes]:
         try:
-            with self._path(name).open("rb") as file:
+            with _open_regular(self._path(name)) as file:
                 file.seek(start)
                 while start < stop:
                     piece = file.read(min(PIECE_BYTES, stop - start))
@@ -101,7 +103,7 @@ class FolderStore:
     def put(self, upload: Upload, meter: Meter) -> None:
         record = upload.record
         target = self._path(record.path)
-        draft = self.folder / DRAFTS / uuid.uuid4().hex
+        draft = self._path(DRAFTS) / uuid.uuid4().hex
         draft.parent.mkdir(parents=True, exist_ok=True)
         try:
             with draft.open("xb") as file:
@@ -151,6 +153,15 @@ class FolderStore:
             if path.is_symlink():
                 raise StoreError(f"{path} is a link, which a bank does not have; remove it")
         return path
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    """A file to read; `StoreError` for a pipe or a device, which might never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise StoreError(f"{path} is no regular file, which a bank does not have; remove it")
+    return os.fdopen(descriptor, "rb")
 
 
 def pieces_of(source: Path | bytes) -> Iterator[bytes]:
