@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import time
+import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -85,7 +86,7 @@ class FolderStore:
 
     def stream(self, name: str, start: int, stop: int) -> Iterator[bytes]:
         try:
-            with self._path(name).open("rb") as file:
+            with _open_regular(self._path(name)) as file:
                 file.seek(start)
                 while start < stop:
                     piece = file.read(min(PIECE_BYTES, stop - start))
@@ -147,7 +148,7 @@ class FolderStore:
 
     def _open_draft(self) -> tuple[Path, BinaryIO]:
         while True:
-            draft = self.folder / DRAFTS / f"put.{uuid.uuid4().hex}"
+            draft = self._path(DRAFTS) / f"put.{uuid.uuid4().hex}"
             draft.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):  # another thread's last draft has just gone
                 file = draft.open("xb")
@@ -191,6 +192,15 @@ class FolderStore:
             if path.is_symlink():
                 raise StoreError(f"{path} is a link, which a bank does not have; remove it")
         return path
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    """A file to read; `StoreError` for a pipe or a device, which might never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise StoreError(f"{path} is no regular file, which a bank does not have; remove it")
+    return os.fdopen(descriptor, "rb")
 
 
 def pieces_of(source: Path | bytes) -> Iterator[bytes]:
