@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from patchbank.pipeline.bank.card import parse_attributes
 from patchbank.pipeline.bank.damage import shown
-from patchbank.pipeline.bank.seal_record import NO_JSON, SEAL, as_digest, brief, parse_seal
+from patchbank.pipeline.bank.seal_record import NO_JSON, SEAL, as_digest, brief
 from patchbank.pipeline.errors import BankCorrupt, BankNotFound, PatchbankError
 from patchbank.pipeline.sharing.entry import Entry, describe, is_name
+from patchbank.pipeline.sharing.remote_seal import (
+    CARD,
+    MOST_CARD_BYTES,
+    read_remote_seal,
+    seal_content,
+)
 from patchbank.pipeline.sharing.store import Store
 from patchbank.pipeline.sharing.transfer import with_retries
-from patchbank.pipeline.specs import Json
 
-MOST_CARD_BYTES = 16 * 2**20
-MOST_SEAL_BYTES = 64 * 2**20
-"""Many times the largest that patchbank writes: 20,000 files take 3 MB."""
 DAMAGED = (KeyError, TypeError, AttributeError, *NO_JSON)
 """What a card or a seal of another shape makes its readers raise."""
 
@@ -66,8 +67,11 @@ def read_row(banks: Store, name: str) -> Row | None:
 
 def _own_entry(banks: Store, name: str) -> Entry:
     bank = banks.below(name)
-    attributes = _attributes(bank, _card(bank))
-    content = with_retries(lambda: bank.document(SEAL, most_bytes=MOST_SEAL_BYTES))
+    card = with_retries(lambda: bank.document(CARD, most_bytes=MOST_CARD_BYTES))
+    if card is None:
+        raise BankNotFound(f"no bank at {bank.url}: there is no {CARD}")
+    attributes = parse_attributes(card, where=bank.url)
+    content = seal_content(bank)
     if content is None:
         n_bytes = sum(bank.sizes().values()) if bank.can_list else 0
         return describe(name, attributes, fingerprint="", root_sha256="", n_bytes=n_bytes)
@@ -79,19 +83,6 @@ def _own_entry(banks: Store, name: str) -> Entry:
         root_sha256=seal.root_sha256,
         n_bytes=seal.n_bytes,
     )
-
-
-def _card(bank: Store) -> bytes:
-    content = with_retries(lambda: bank.document("zarr.json", most_bytes=MOST_CARD_BYTES))
-    if content is None:
-        raise BankNotFound(f"no bank at {bank.url}: there is no zarr.json")
-    return content
-
-
-def _attributes(bank: Store, content: bytes) -> Json:
-    attributes = parse_attributes(content, where=bank.url)
-    as_digest(attributes["recipe_id"])
-    return attributes
 
 
 def claims_of(content: bytes, *, where: str) -> SealClaims:
@@ -114,30 +105,20 @@ def claims_of(content: bytes, *, where: str) -> SealClaims:
 def proven_entry(banks: Store, name: str) -> tuple[Entry, bytes]:
     """A bank's entry as the bytes of its seal prove it, and these bytes.
 
-    Raises `BankError` where seal and card do not agree.
+    Raises what `read_remote_seal` does.
     """
-    bank = banks.below(name)
-    card = _card(bank)
-    content = with_retries(lambda: bank.document(SEAL, most_bytes=MOST_SEAL_BYTES)) or b""
-    seal = parse_seal(content, where=bank.url)
-    of_card = seal.files.get("zarr.json")
-    if (
-        not seal.matches_root
-        or of_card is None
-        or of_card.sha256 != hashlib.sha256(card).hexdigest()
-    ):
-        raise BankCorrupt(f"{bank.url}: seal.json and zarr.json do not agree; pull the bank again")
+    there = read_remote_seal(banks.below(name))
     try:
         entry = describe(
             name,
-            _attributes(bank, card),
-            fingerprint=seal.fingerprint,
-            root_sha256=seal.root_sha256,
-            n_bytes=seal.bank_bytes,
+            there.attributes,
+            fingerprint=there.seal.fingerprint,
+            root_sha256=there.seal.root_sha256,
+            n_bytes=there.seal.bank_bytes,
         )
     except DAMAGED as error:
-        raise BankCorrupt(f"{bank.url}: the card is damaged: {brief(error)}") from error
-    return entry, content
+        raise BankCorrupt(f"{banks.url}/{name}: the card is damaged: {brief(error)}") from error
+    return entry, there.content
 
 
 def with_claims(entry: Entry, others: Sequence[Entry]) -> Entry:

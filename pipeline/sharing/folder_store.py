@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import unquote, urlsplit
 
 from patchbank.pipeline.bank.writer import FileRecord, fsync_folder
@@ -15,6 +16,8 @@ from patchbank.pipeline.errors import NotInStore, StoreError
 from patchbank.pipeline.sharing.store import PIECE_BYTES, Meter, Upload
 from patchbank.pipeline.sharing.transfer import put_in_parallel
 
+Made = TypeVar("Made")
+MOST_TURNS = 100
 DRAFTS = ".drafts"
 """Where files lie until they are whole, in the folder that the store was opened at."""
 
@@ -102,9 +105,8 @@ class FolderStore:
         record = upload.record
         target = self._path(record.path)
         draft = self.folder / DRAFTS / uuid.uuid4().hex
-        draft.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with draft.open("xb") as file:
+            with _in_folder_of(draft, lambda: draft.open("xb")) as file:
                 for piece in pieces_of(upload.source):
                     file.write(piece)
                     meter(len(piece))
@@ -118,8 +120,7 @@ class FolderStore:
                     f"{record.sha256[:12]}: the file here or the disk there is damaged; run "
                     "`patchbank bank verify` on the bank"
                 )
-            target.parent.mkdir(parents=True, exist_ok=True)
-            draft.replace(target)
+            _in_folder_of(target, lambda: draft.replace(target))
             fsync_folder(target.parent)
         finally:
             draft.unlink(missing_ok=True)
@@ -151,6 +152,16 @@ class FolderStore:
             if path.is_symlink():
                 raise StoreError(f"{path} is a link, which a bank does not have; remove it")
         return path
+
+
+def _in_folder_of(path: Path, work: Callable[[], Made]) -> Made:
+    """Does what needs the folder that `path` lies in, which others remove whenever it is empty."""
+    for _ in range(MOST_TURNS):
+        with suppress(FileNotFoundError, FileExistsError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return work()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return work()
 
 
 def pieces_of(source: Path | bytes) -> Iterator[bytes]:
