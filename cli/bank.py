@@ -8,16 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from patchbank.cli import convert
-from patchbank.cli.bars import byte_bar, phase
-from patchbank.cli.encoder_options import Weights
-from patchbank.pipeline.errors import (
-    BankCorrupt,
-    BankError,
-    BankMismatch,
-    BankNotFound,
-    PatchbankError,
-)
+from patchbank.cli import convert, sign, verify
+from patchbank.cli.bars import phase
+from patchbank.pipeline.errors import BankError, BankNotFound, PatchbankError
 
 app = typer.Typer(
     help="Look at banks, prove them whole, join, convert and remove them.",
@@ -28,94 +21,10 @@ app = typer.Typer(
 BankPath = Annotated[Path, typer.Argument(metavar="BANK", help="A bank's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Facts = dict[str, Any]
-MOST_DIFFERENCES = 8
+app.command("verify")(verify.verify)
 app.command("merge")(convert.merge)
 app.command("convert")(convert.convert)
-
-
-@app.command()
-def verify(
-    bank: BankPath,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Sizes, records and indices only; reads no tokens.")
-    ] = False,
-    encoder: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME|FILE.py",
-            help="Also encode the golden clip with this encoder and compare.",
-        ),
-    ] = None,
-    weights: Weights = None,
-    device: Annotated[str, typer.Option(help="For --encoder: auto, cpu, cuda ...")] = "auto",
-    json_output: AsJson = False,
-) -> None:
-    """Check a bank against its seal and name every shard and row that differs.
-
-    With --encoder, prove also that the encoder and its preprocessing, here, give the bank's tokens.
-    """
-    import json
-
-    from patchbank.pipeline.bank.verify import verify_bank
-
-    if weights is not None and encoder is None:
-        raise typer.BadParameter("--weights are those of an encoder; name it with --encoder")
-    with byte_bar("verify") as progress:
-        problems = verify_bank(bank, quick=quick, progress=progress)
-    golden: Facts = {}
-    if encoder is not None and not problems:
-        with phase("encode the golden clip"):
-            disagreements, golden = golden_problems(bank, encoder, weights, device)
-        if disagreements:
-            if json_output:
-                print(json.dumps({"bank": str(bank), "quick": quick, "problems": disagreements}))
-            else:
-                for problem in disagreements[:MOST_DIFFERENCES]:
-                    print(problem)
-                if (n_more := len(disagreements) - MOST_DIFFERENCES) > 0:
-                    print(f"and {n_more} more; --json prints all")
-            raise BankMismatch(
-                f"{bank} was not made by this encoder as it is here: {len(disagreements)} "
-                f"difference{'s' * (len(disagreements) > 1)}; use the weights and the versions "
-                f"that `patchbank bank show {bank}` names",
-                {},
-            )
-    if json_output:
-        facts = {"bank": str(bank), "quick": quick, "problems": problems}
-        print(json.dumps(facts | ({"golden": golden} if encoder is not None else {})))
-    else:
-        for problem in problems:
-            print(problem)
-    if problems:
-        raise BankCorrupt(
-            f"{bank}: {len(problems)} problem{'s' * (len(problems) > 1)} found; "
-            f"pull the bank again, or `patchbank bank rm {bank}` and extract again"
-        )
-    if not json_output:
-        print(f"{bank}: whole{', as far as a quick check sees' * quick}")
-        for name, error in golden.items():
-            print(f"golden clip, {name}: agrees, largest error {error:.1e} of the largest value")
-
-
-def golden_problems(
-    bank: Path, encoder: str, weights: str | None, device: str
-) -> tuple[tuple[str, ...], Facts]:
-    """Where an encoder disagrees with the golden clip of a bank, and the errors of every step."""
-    from patchbank.pipeline.bank import open_bank
-    from patchbank.pipeline.encoders import load_encoder, reload_encoder
-    from patchbank.pipeline.encoders.discovery import is_file
-    from patchbank.pipeline.environment import choose_device
-    from patchbank.pipeline.golden import check_golden
-
-    opened, chosen = open_bank(bank), choose_device(device)
-    described = opened.card["encoder"]
-    if is_file(encoder) or encoder.removesuffix("+") == described["name"].removesuffix("+"):
-        # With the constants that were chosen for the bank's front end.
-        model = reload_encoder(described, weights=weights, device=chosen, encoder=encoder)
-    else:
-        model = load_encoder(encoder, weights=weights, device=chosen)
-    check = check_golden(opened, model, device=chosen)
-    return check.problems, dict(check.errors)
+app.command("sign")(sign.sign)
 
 
 @app.command()
