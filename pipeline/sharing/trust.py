@@ -154,8 +154,7 @@ def require_trusted(found: Sequence[Verdict], *, where: str, allowed: Path) -> N
             f"wanted; who made it signs it: `patchbank bank sign {where}`"
         )
     raise BankError(
-        f"{where} is not signed by a key of {allowed}: "
-        f"{'; '.join(map(str, found[:4]))}"
+        f"{where} is not signed by a key of {allowed}: {'; '.join(map(str, found[:4]))}"
     )
 
 
