@@ -11,13 +11,15 @@ import threading
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from bank_damage import INDEX_BYTES, ROW_BYTES, SHARD, STRIDE_BYTES, delete_inner_chunk, flip
-from loader_banks import make_bank
+from flaky_store import Behaviour, flaky
+from loader_banks import make_bank, reader_threads
 from test_loader_processes import in_child
 
 from patchbank.pipeline.bank import Bank, open_bank
@@ -27,6 +29,7 @@ from patchbank.pipeline.errors import (
     BankError,
     BankIncomplete,
     BankNotFound,
+    StoreError,
 )
 from patchbank.pipeline.rebuild import rebuild_bank
 from patchbank.pipeline.sharing.row_cache import cached_banks
@@ -35,6 +38,7 @@ from patchbank.probing.tiers import Tier
 
 CHANGED = "has grown or was replaced since it was opened; open it again"
 N_CLIPS = 40
+__all__ = ["flaky"]
 
 
 @pytest.fixture(autouse=True)
@@ -408,3 +412,62 @@ def test_killed_at_any_moment_two_processes_leave_a_sound_cache(
     assert_same_batches(open_bank(url(sealed.path)), sealed, n_epochs=2)
     [bank] = cached_banks(cache)
     assert bank.bytes <= 400_000
+
+
+def test_a_request_that_fails_and_bytes_that_are_wrong_once_are_asked_for_again(
+    sealed: Bank, flaky: Behaviour, cache: Path
+) -> None:
+    for name in ("fails_first", "lies_first"):
+        setattr(flaky, name, True)
+        assert_same_batches(open_bank(f"flaky://{sealed.path}"), sealed)
+        setattr(flaky, name, False)
+        times = Counter(asked for asked in flaky.asked if asked[0].startswith("layers"))
+        # A row that shares its request with others is asked for alone the second time.
+        assert max(times.values()) == 2
+        assert len(times) >= 2 * N_CLIPS
+        flaky.asked.clear()
+        shutil.rmtree(cache)
+
+
+def test_neighbours_share_a_request_and_requests_do_not_wait_for_each_other(
+    sealed: Bank, flaky: Behaviour
+) -> None:
+    remote = open_bank(f"flaky://{sealed.path}")
+    loader = BatchLoader(remote, layer=1, arrays=("patches",), shuffle=False, batch_size=N_CLIPS)
+    flaky.asked.clear()
+    list(loader)
+    n_bytes = {name: stop - start for name, start, stop in flaky.asked}
+    assert len(flaky.asked) == len(n_bytes) == 3  # a shard each
+    assert max(n_bytes.values()) == 15 * STRIDE_BYTES + ROW_BYTES
+    flaky.latency_s, flaky.most_at_once = 0.02, 0
+    [*BatchLoader(remote, layer=2, batch_size=4)]
+    assert 8 <= flaky.most_at_once <= 32
+    rows = np.random.default_rng(0).permutation(N_CLIPS)
+    again = open_bank(f"flaky://{sealed.path}")
+    flaky.most_at_once, flaky.asked = 0, []
+    np.testing.assert_array_equal(
+        np.asarray(again.rows_view(1, rows)), np.asarray(sealed.rows_view(1, rows))
+    )
+    assert flaky.asked == []  # all in the cache
+
+
+def test_a_store_that_is_gone_is_an_error_that_a_retry_may_help(
+    sealed: Bank, flaky: Behaviour
+) -> None:
+    remote = open_bank(f"flaky://{sealed.path}")
+    loader = BatchLoader(remote, layer=1, batch_size=4, tier="read")
+    flaky.answers = len(flaky.asked) + 6
+    n_seen = 0
+
+    def read() -> None:
+        nonlocal n_seen
+        for _batch in loader:
+            n_seen += 4
+
+    with pytest.raises(StoreError, match=f"flaky://{sealed.path} does not answer") as caught:
+        read()
+    assert caught.value.may_pass
+    assert n_seen < N_CLIPS
+    assert not reader_threads()
+    flaky.answers = 10**9
+    assert_same_batches(remote, sealed)
