@@ -25,7 +25,14 @@ from patchbank.pipeline.bank.seal_record import Seal, parse_seal
 from patchbank.pipeline.bank.writer import FileRecord, fsync_folder, hash_file
 from patchbank.pipeline.errors import BankCorrupt, BankError, NotInStore, StoreError
 from patchbank.pipeline.sharing.remote_seal import ask_pusher, seal_content
-from patchbank.pipeline.sharing.row_cache import DRAFTS, URL, RowCache, bank_folder, touch
+from patchbank.pipeline.sharing.row_cache import (
+    DRAFTS,
+    PAGE_BYTES,
+    URL,
+    RowCache,
+    bank_folder,
+    touch,
+)
 from patchbank.pipeline.sharing.settings import ShareSettings
 from patchbank.pipeline.sharing.store import Store
 from patchbank.pipeline.sharing.stores import open_store
@@ -173,6 +180,7 @@ class RemoteFiles:
         if process.own_folder is None:
             try:
                 self._note_url()
+                process.cache.has_room(sum(record.size + PAGE_BYTES for record in records))
                 self._fetch_into(process, self.folder, records)
             except OSError as error:
                 process.own_folder = self._own_folder(error)
