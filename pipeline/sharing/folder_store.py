@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
 import stat
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -17,8 +20,13 @@ from patchbank.pipeline.errors import NotInStore, StoreError
 from patchbank.pipeline.sharing.store import PIECE_BYTES, Meter, Upload
 from patchbank.pipeline.sharing.transfer import put_in_parallel
 
-DRAFTS = ".drafts"
-"""Where files lie until they are whole, in the folder that the store was opened at."""
+DRAFTS = ".work"
+"""Where files lie until they are whole, in the folder that the store was opened at; a bank has
+nothing that is sealed there."""
+JUST_MADE_S = 1.0
+"""So old is a draft that is surely locked by who makes it."""
+MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.EAGAIN)
+"""What a network share answers while its server is away."""
 
 
 class FolderStore:
@@ -103,17 +111,27 @@ class FolderStore:
     def put(self, upload: Upload, meter: Meter) -> None:
         record = upload.record
         target = self._path(record.path)
-        draft = self._path(DRAFTS) / uuid.uuid4().hex
-        draft.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with draft.open("xb") as file:
+            self._put(upload, target, meter)
+        except OSError as error:
+            raise StoreError(
+                f"{self.url}/{record.path} cannot be written: {error.strerror}; free some space or "
+                "ask for the right to write, and run the same command again",
+                may_pass=error.errno in MAY_PASS,
+            ) from error
+
+    def _put(self, upload: Upload, target: Path, meter: Meter) -> None:
+        record = upload.record
+        draft, file = self._open_draft()
+        try:
+            with file:
                 for piece in pieces_of(upload.source):
                     file.write(piece)
                     meter(len(piece))
                 file.flush()
                 os.fsync(file.fileno())
-            with draft.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            with draft.open("rb") as written:
+                found = hashlib.file_digest(written, "sha256").hexdigest()
             if found != record.sha256:
                 raise StoreError(
                     f"{self.url}/{record.path}: what arrived has SHA-256 {found[:12]}, expected "
@@ -128,10 +146,31 @@ class FolderStore:
             with suppress(OSError):
                 draft.parent.rmdir()
 
+    def _open_draft(self) -> tuple[Path, BinaryIO]:
+        while True:
+            draft = self._path(DRAFTS) / f"put.{uuid.uuid4().hex}"
+            draft.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # another thread's last draft has just gone
+                file = draft.open("xb")
+                with suppress(OSError):  # no locks on this disk: drafts of the killed stay
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return draft, file
+
     def put_all(
         self, uploads: Sequence[Upload], meter: Meter, done: Callable[[Upload], None]
     ) -> None:
+        self._sweep()
         put_in_parallel(self, uploads, meter, done)
+
+    def _sweep(self) -> None:
+        """Removes the drafts of processes that were killed: nobody holds their locks."""
+        for draft in (self.folder / DRAFTS).glob(f"put.{'[0-9a-f]' * 32}"):
+            with suppress(OSError), draft.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - draft.stat().st_mtime > JUST_MADE_S:
+                    draft.unlink()
+        with suppress(OSError):
+            (self.folder / DRAFTS).rmdir()
 
     def proves(self, record: FileRecord, *, size: int) -> bool | None:
         return False if size != record.size else None
@@ -158,8 +197,11 @@ class FolderStore:
 def _open_regular(path: Path) -> BinaryIO:
     """A file to read; `StoreError` for a pipe or a device, which might never end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(path)
         raise StoreError(f"{path} is no regular file, which a bank does not have; remove it")
     return os.fdopen(descriptor, "rb")
 
