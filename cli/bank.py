@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from patchbank.cli import convert, sign, verify
+from patchbank.cli import catalogue, convert, share, sign, verify
 from patchbank.cli.bars import phase
 from patchbank.pipeline.errors import BankError, BankNotFound, PatchbankError
 
 app = typer.Typer(
-    help="Look at banks, prove them whole, join, convert and remove them.",
+    help="Look at banks, share them, prove them whole, join, convert and remove them.",
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -24,11 +23,19 @@ Facts = dict[str, Any]
 app.command("verify")(verify.verify)
 app.command("merge")(convert.merge)
 app.command("convert")(convert.convert)
+app.command("push")(share.push)
+app.command("pull")(share.pull)
 app.command("sign")(sign.sign)
+app.command("ls")(catalogue.list_banks)
 
 
 @app.command()
-def show(bank: BankPath, json_output: AsJson = False) -> None:
+def show(
+    bank: Annotated[
+        str, typer.Argument(metavar="BANK|URL", help="A bank's folder, or its address.")
+    ],
+    json_output: AsJson = False,
+) -> None:
     """Say what a bank holds: encoder, layers, window, clips, failures, size, licence."""
     import json
 
@@ -42,91 +49,6 @@ def show(bank: BankPath, json_output: AsJson = False) -> None:
         return
     for name, value in readable_facts(facts):
         print_fact(name, value)
-
-
-@app.command("ls")
-def list_banks(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Where banks lie.")] = Path(),
-    json_output: AsJson = False,
-) -> None:
-    """List the banks directly below a folder; one that cannot be read is named with its reason."""
-    import json
-
-    if not folder.is_dir():
-        raise PatchbankError(f"no folder {folder}; name the folder that holds the banks")
-    with phase("read"):
-        rows = [facts for path in sorted(folder.iterdir()) if (facts := summary(path)) is not None]
-    if json_output:
-        print(json.dumps(rows))
-        return
-    if not rows:
-        print(f"no banks in {folder}; `patchbank extract` makes one")
-    for facts in rows:
-        print_summary(facts)
-
-
-def summary(path: Path) -> Facts | None:
-    """One line of `bank ls`; None for what does not look like a bank."""
-    looks_like_a_bank = path.suffix == ".bank" or (path / "zarr.json").is_file()
-    if path.name.startswith(".") or not path.is_dir() or not looks_like_a_bank:
-        return None
-    try:
-        return _summary_of_bank(path)
-    except BankNotFound as error:
-        # A Zarr group of somebody else's, unless its name says that it should be a bank.
-        return _unreadable(path, error) if path.suffix == ".bank" else None
-    except (BankError, OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        return _unreadable(path, error)
-
-
-def _unreadable(path: Path, error: Exception) -> Facts:
-    known = isinstance(error, BankError | OSError)
-    reason = str(error) if known else f"the card is damaged: {error!r}"
-    return {"name": path.name, "error": reason}
-
-
-def _summary_of_bank(path: Path) -> Facts:
-    from patchbank.pipeline.bank.card import read_attributes
-    from patchbank.pipeline.bank.seal_record import read_seal
-
-    card = read_attributes(path)["card"]
-    seal = read_seal(path) if (path / "seal.json").exists() else None
-    return {
-        "name": path.name,
-        "encoder": card["encoder"]["name"],
-        "layers": sorted(int(layer) for layer in card["layers"]),
-        "dtype": card["stored_dtype"],
-        "archive": card.get("storage", "aligned") != "aligned",
-        "clips": sum(card["generations"]),
-        "bytes": seal.bank_bytes if seal else _bytes_so_far(path),
-        "sealed": seal is not None,
-        "fingerprint": seal.fingerprint if seal else None,
-    }
-
-
-def _bytes_so_far(path: Path) -> int:
-    n_bytes = 0
-    for file in path.rglob("*"):
-        # An extraction that is running renames and removes files.
-        with suppress(FileNotFoundError):
-            n_bytes += 0 if file.is_dir() else file.lstat().st_size
-    return n_bytes
-
-
-def print_summary(facts: Facts) -> None:
-    """One bank of `bank ls`."""
-    from patchbank.pipeline.specs import human_bytes
-
-    if "error" in facts:
-        print(f"{facts['name']:<24} {facts['error']}")
-        return
-    layers = ",".join(str(layer) for layer in facts["layers"])
-    state = facts["fingerprint"][:12] if facts["sealed"] else "not sealed"
-    print(
-        f"{facts['name']:<24} {state:<12} {facts['encoder']} {layers} {facts['dtype']}"
-        f"{' archive' * facts['archive']}, "
-        f"{facts['clips']} clips, {human_bytes(facts['bytes'])}"
-    )
 
 
 @app.command("rm")
