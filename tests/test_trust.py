@@ -15,14 +15,13 @@ import pytest
 
 from patchbank.cli.main import main
 from patchbank.cli.sign import allowed_line
-from patchbank.pipeline.bank import Bank
+from patchbank.pipeline.bank import Bank, open_bank
 from patchbank.pipeline.errors import BankCorrupt, BankError, BankIncomplete, PatchbankError
 from patchbank.pipeline.sharing.folder_store import FolderStore
 from patchbank.pipeline.sharing.settings import ShareSettings
 from patchbank.pipeline.sharing.signing import BEGIN, END, MOST_SIGNERS, blocks_of, judge, sign
 from patchbank.pipeline.sharing.trust import (
     SIGNATURES,
-    check_opened,
     check_trust,
     read_signatures,
     sign_bank,
@@ -392,14 +391,16 @@ def test_a_bank_that_no_allowed_key_signed_is_refused_everywhere(
     assert trusted(signed, keys) == ("alice@lab",)
     monkeypatch.setenv("PATCHBANK_ALLOWED_SIGNERS", str(keys.allowed))
     monkeypatch.setenv("PATCHBANK_REQUIRE_SIGNATURE", "open")
-    check_opened(signed, (signed / "seal.json").read_bytes())
+    open_bank(signed)
     attack(signed, keys)
     for required in ("pull", "open"):
         with pytest.raises(BankError, match=f"s3://x.*{words}"):
             trusted(signed, keys, required)
     assert trusted(signed, keys, "nothing") == ()
     with pytest.raises(BankError, match=words):
-        check_opened(signed, (signed / "seal.json").read_bytes())
+        open_bank(signed)
+    with pytest.raises(BankError, match=words):
+        open_bank(f"file://{signed}")
     for place in (str(signed), f"file://{signed}"):
         line = ("verify", place, "--quick", "--allowed-signers", str(keys.allowed))
         assert re.search(words, said(capsys, *line, status=1)[1])
@@ -409,14 +410,13 @@ def test_local_banks_are_asked_for_signatures_only_where_that_is_settled(
     sealed: Bank, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "")
-    content = (sealed.path / "seal.json").read_bytes()
-    check_opened(sealed.path, content)
+    open_bank(sealed.path)
     monkeypatch.setenv("PATCHBANK_ALLOWED_SIGNERS", str(keys.allowed))
     monkeypatch.setenv("PATCHBANK_REQUIRE_SIGNATURE", "pull")
-    check_opened(sealed.path, content)
+    open_bank(sealed.path)
     monkeypatch.setenv("PATCHBANK_REQUIRE_SIGNATURE", "open")
     with pytest.raises(BankError, match="is not signed, and only banks"):
-        check_opened(sealed.path, content)
+        open_bank(sealed.path)
 
 
 def test_without_a_file_of_keys_nobody_is_trusted(sealed: Bank, keys: Keys, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def judge(content: bytes, block: str, *, allowed: Path | None) -> Verdict:
         file.write_text(block + "\n", "ascii", "replace")
         signer, key = _signer(content, file, allowed) if allowed else (None, "")
         if signer is not None:
-            return Verdict("trusted", key, signer, f"signed by {shown(signer)}")
+            return Verdict("trusted", key, shown(signer), f"signed by {shown(signer)}")
         line = ["-Y", "check-novalidate", "-n", NAMESPACE, "-s", str(file)]
         done = _ssh_keygen(line, content)
     if done.returncode == 0:
