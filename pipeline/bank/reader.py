@@ -263,8 +263,8 @@ def open_bank(path: Path | str) -> Bank:
     """A sealed bank, after a check of its seal and of every file's size.
 
     Of an address, such as s3://team/banks/x.bank, rows come when they are read, and each is
-    compared with its SHA-256. Raises `BankNotFound`, `BankIncomplete` (no seal) or `BankCorrupt`;
-    `StoreError` where the address cannot be read.
+    compared with its SHA-256. Raises `BankNotFound`, `BankIncomplete` (no seal), `BankCorrupt`, or
+    `BankError` where the settings want a signature; `StoreError` where the address cannot be read.
     """
     from patchbank.pipeline.sharing.stores import is_url
 
@@ -287,7 +287,19 @@ def open_bank(path: Path | str) -> Bank:
         if problem is not None:
             raise problem
         assert opened is not None
+        assert seal is not None
+        _check_signed(bank, seal)
         return opened
+
+
+def _check_signed(bank: Path, seal: bytes) -> None:
+    """Raises `BankError` where this user opens signed banks only, and this one is not."""
+    from patchbank.pipeline.sharing.settings import load_settings
+
+    if load_settings().require_signature == "open":
+        from patchbank.pipeline.sharing.trust import check_opened
+
+        check_opened(bank, seal)
 
 
 def _checked_bank(bank: Path, attributes: Json, seal: Seal) -> Bank:
