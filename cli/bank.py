@@ -7,12 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from patchbank.cli import catalogue, convert, sign, verify
+from patchbank.cli import catalogue, convert, share, sign, verify
 from patchbank.cli.bars import phase
 from patchbank.pipeline.errors import BankError, BankNotFound, PatchbankError
 
 app = typer.Typer(
-    help="Look at banks, prove them whole, join, convert and remove them.",
+    help="Look at banks, share them, prove them whole, join, convert and remove them.",
     no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -23,12 +23,19 @@ Facts = dict[str, Any]
 app.command("verify")(verify.verify)
 app.command("merge")(convert.merge)
 app.command("convert")(convert.convert)
+app.command("push")(share.push)
+app.command("pull")(share.pull)
 app.command("sign")(sign.sign)
 app.command("ls")(catalogue.list_banks)
 
 
 @app.command()
-def show(bank: BankPath, json_output: AsJson = False) -> None:
+def show(
+    bank: Annotated[
+        str, typer.Argument(metavar="BANK|URL", help="A bank's folder, or its address.")
+    ],
+    json_output: AsJson = False,
+) -> None:
     """Say what a bank holds: encoder, layers, window, clips, failures, size, licence."""
     import json
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from patchbank.pipeline.bank.seal_record import LARGEST_SEAL_BYTES, SEAL, parse_seal
+from patchbank.pipeline.bank.seal_record import SEAL, parse_seal
 from patchbank.pipeline.bank.writer import FileRecord
 from patchbank.pipeline.errors import (
     BankCorrupt,
@@ -21,6 +21,7 @@ from patchbank.pipeline.errors import (
     StoreError,
 )
 from patchbank.pipeline.sharing.folder_store import FolderStore
+from patchbank.pipeline.sharing.remote_seal import MOST_NOTE_BYTES, SIGNATURES, seal_content
 from patchbank.pipeline.sharing.settings import ShareSettings, load_settings
 from patchbank.pipeline.sharing.signing import (
     Verdict,
@@ -33,10 +34,6 @@ from patchbank.pipeline.sharing.signing import (
 )
 from patchbank.pipeline.sharing.store import Store, Upload
 from patchbank.pipeline.sharing.transfer import with_retries
-
-SIGNATURES = "notes/seal.json.sig"
-MOST_BYTES = 2**20
-"""Of all signatures of a bank."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ def _key(block: str) -> bytes | None:
 
 def read_seal_at(store: Store) -> bytes:
     """The bytes of a bank's seal.json, which agree with their own root hash."""
-    content = with_retries(lambda: store.document(SEAL, most_bytes=LARGEST_SEAL_BYTES))
+    content = seal_content(store)
     if content is None:
         raise BankIncomplete(f"{store.url} is no finished bank: there is no {SEAL}")
     if not parse_seal(content, where=store.url).matches_root:
@@ -99,7 +96,7 @@ def read_seal_at(store: Store) -> bytes:
 
 def read_signatures(store: Store) -> bytes | None:
     """The signatures of a bank, unread; None where there are none."""
-    return with_retries(lambda: store.document(SIGNATURES, most_bytes=MOST_BYTES))
+    return with_retries(lambda: store.document(SIGNATURES, most_bytes=MOST_NOTE_BYTES))
 
 
 def verdicts(
