@@ -187,7 +187,8 @@ def _summary_of_bank(path: Path) -> Facts:
         "encoder": card["encoder"]["name"],
         "layers": sorted(int(layer) for layer in card["layers"]),
         "dtype": card["stored_dtype"],
-        "archive": card.get("storage", "aligned") != "aligned",
+        "archive": card.get("storage") == "blosc",
+        "pooled_only": card.get("storage") == "pooled",
         "clips": sum(card["generations"]),
         "bytes": seal.bank_bytes if seal else _bytes_so_far(path),
         "sealed": seal is not None,
@@ -215,7 +216,7 @@ def print_summary(facts: Facts) -> None:
     state = facts["fingerprint"][:12] if facts["sealed"] else "not sealed"
     print(
         f"{facts['name']:<24} {state:<12} {facts['encoder']} {layers} {facts['dtype']}"
-        f"{' archive' * facts['archive']}, "
+        f"{' archive' * facts['archive']}{' pooled only' * facts['pooled_only']}, "
         f"{facts['clips']} clips, {human_bytes(facts['bytes'])}"
     )
 

@@ -33,7 +33,8 @@ from patchbank.pipeline.bank.reader import Bank, open_bank
 from patchbank.pipeline.bank.schema import HOLE, SmallArray, Storage, TokenArray
 from patchbank.pipeline.bank.seal import seal_bank
 from patchbank.pipeline.bank.view_columns import MIX_GAINS, has_gains
-from patchbank.pipeline.bank.writer import ShardFileWriter, writer_threads
+from patchbank.pipeline.bank.writer import RowDigest, ShardFileWriter, writer_threads
+from patchbank.pipeline.errors import BankError
 from patchbank.pipeline.plan import bank_bytes, check_space
 from patchbank.pipeline.rebuild_plan import RebuildPlan, Rows, plan_rebuild
 from patchbank.pipeline.shard_rows import small_values_of, write_part
@@ -51,17 +52,27 @@ def rebuild_bank(
     layers: Sequence[int] | None = None,
     rows: Sequence[Rows] | None = None,
     storage: Storage = "aligned",
+    splits: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Bank:
     """The clips of `banks`, or `rows` of each, in a new bank of one generation.
 
     `dtype` and `layers` are those of the first bank where None. `storage="blosc"` makes an archive,
-    "aligned" a bank to train from, of either. The same call finishes what an
+    "aligned" a bank to train from, of either; "pooled" leaves the tokens out. `splits` are those
+    that `rows` were chosen by, for the card. The same call finishes what an
     earlier one began. Raises `BankMismatch` where the recipes differ or another bank lies at `out`,
     `BankCorrupt` where a row does not match its checksum.
     """
     check_joinable(banks)
-    plan = plan_rebuild(banks, out, dtype=dtype, layers=layers, rows=rows, storage=storage)
+    if storage != "pooled":
+        banks[0].require_tokens()
+    elif dtype not in (None, banks[0].schema.stored_dtype):
+        raise BankError(
+            f"pooled vectors are floats, whatever tokens are stored as: leave {dtype} out"
+        )
+    plan = plan_rebuild(
+        banks, out, dtype=dtype, layers=layers, rows=rows, storage=storage, splits=splits
+    )
     first = banks[0]
     constants = {layer: value.arrays() for layer, value in plan.constants.items()}
     if not (out / "zarr.json").is_file():
@@ -104,7 +115,11 @@ def _rebuild_shard(plan: RebuildPlan, shard: int, threads: ThreadPoolExecutor) -
                 write = _copied if plan.is_copy else _converted
                 facts.extend(write(plan, batch, writers))
             files = {suffix: writer.finish() for suffix, writer in writers.items()}
-        digests = {suffix: file.digests for suffix, file in files.items()}
+        digests = (
+            {suffix: file.digests for suffix, file in files.items()}
+            if plan.schema.holds_tokens
+            else _old_digests(plan, place)
+        )
         part = write_part(attempt, shard, part_table(clips, facts, digests, plan.schema))
         n_failed = sum(fact.failure is not None for fact in facts)
         record: Json = {
@@ -115,6 +130,22 @@ def _rebuild_shard(plan: RebuildPlan, shard: int, threads: ThreadPoolExecutor) -
         if others := _other_environments(plan, place):
             record["extraction"] = others
         commit(plan.out, attempt, name, [*(f.record for f in files.values()), part], record)
+
+
+def _old_digests(plan: RebuildPlan, clips: range) -> dict[str, list[RowDigest]]:
+    """The digests of tokens that are left out, by `TokenArray.column_suffix`."""
+    digests: dict[str, list[RowDigest]] = {}
+    for suffix in (array.column_suffix for array in plan.schema.described_arrays()):
+        columns = [
+            [bank.clips[f"{kind}_{suffix}"] for kind in ("sha256", "crc32c")] for bank in plan.banks
+        ]
+        digests[suffix] = [
+            RowDigest(
+                *(column[int(plan.row[clip])].as_py() for column in columns[plan.owner[clip]])
+            )
+            for clip in clips
+        ]
+    return digests
 
 
 def _open_writer(

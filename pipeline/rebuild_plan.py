@@ -14,7 +14,7 @@ from jaxtyping import Int64
 from patchbank.pipeline.bank.begin import derivation
 from patchbank.pipeline.bank.card import attributes_of_card, layers_of_schema
 from patchbank.pipeline.bank.identity import rows_digest
-from patchbank.pipeline.bank.join import joined_table, quantisation_of_layers
+from patchbank.pipeline.bank.join import card_of_storage, joined_table, quantisation_of_layers
 from patchbank.pipeline.bank.quantised import (
     CALIBRATION_CLIPS,
     CALIBRATION_SEED,
@@ -81,6 +81,7 @@ def plan_rebuild(
     layers: Sequence[int] | None,
     rows: Sequence[Rows] | None,
     storage: Storage,
+    splits: Sequence[str],
 ) -> RebuildPlan:
     """What `rebuild_bank` has to do; reads clip tables, and tokens where a type is calibrated."""
     first = banks[0]
@@ -107,7 +108,7 @@ def plan_rebuild(
         banks,
         out,
         schema,
-        _attributes(banks, schema, clips, constants),
+        _attributes(banks, schema, clips, constants, splits),
         constants,
         clips,
         owner,
@@ -120,19 +121,17 @@ def _attributes(
     schema: BankSchema,
     clips: pa.Table,
     constants: dict[int, ChannelConstants],
+    splits: Sequence[str],
 ) -> Json:
-    card = banks[0].card | {
+    card = card_of_storage(banks[0].card, schema) | {
         "layers": layers_of_schema(schema),
         "n_rows": schema.n_rows,
         "generations": list(schema.generations),
         "rows_per_shard": schema.rows_per_shard,
         "rows_sha256": rows_digest(clips),
-        "derived_from": [derivation(bank) for bank in banks],
+        "derived_from": [derivation(bank, splits=splits) for bank in banks],
         "stored_dtype": schema.stored_dtype,
     }
-    card.pop("storage", None)
-    if schema.is_archive:
-        card["storage"] = schema.storage
     was = banks[0].schema.stored_dtype
     if schema.stored_dtype == was:
         return attributes_of_card(card | quantisation_of_layers(banks[0], schema))
@@ -148,7 +147,7 @@ def _constants(
     banks: Sequence[Bank], schema: BankSchema, owner: Rows, row: Rows
 ) -> dict[int, ChannelConstants]:
     """The constants of a quantised target: those of the source, or measured on its tokens."""
-    if not schema.stored.is_quantised:
+    if not (schema.stored.is_quantised and schema.holds_tokens):
         return {}
     layers = [spec.layer for spec in schema.layers]
     if banks[0].schema.stored_dtype == schema.stored_dtype:
