@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +18,30 @@ from patchbank.cli.predictor import Predictor
 from patchbank.pipeline.bank import Bank, open_bank
 from patchbank.pipeline.bank.join import join_banks
 from patchbank.pipeline.bank.verify import verify_bank
-from patchbank.pipeline.errors import BankCorrupt, BankError, BankMismatch, PatchbankError, TrialError
+from patchbank.pipeline.errors import (
+    BankCorrupt,
+    BankError,
+    BankMismatch,
+    PatchbankError,
+    TrialError,
+)
 from patchbank.pipeline.extraction import extract
 from patchbank.pipeline.rebuild import rebuild_bank
 from patchbank.pipeline.selection import make_selection, select
 from patchbank.probing import BatchLoader
+from patchbank.probing.entries import parse_probe
 from patchbank.probing.run import run_training
-from patchbank.probing.settings import TrainSettings
+from patchbank.probing.settings import SearchSettings, TrainSettings
 
-QUICK = TrainSettings(n_epochs=3, n_seeds=1, learning_rates={"": (1e-2,)}, weight_decays={"": (0.0,)})
+MEANS = ("linear", "mlp", "knn", "linpre:pooling=mean")
+QUICK = TrainSettings(
+    n_epochs=3,
+    n_seeds=2,
+    search=SearchSettings(n_candidates=2),
+    batch_size=16,
+    n_resamples=20,
+    device="cpu",
+)
 SMALL = {"mean", "max", "min", "n_patches"}
 
 
@@ -113,9 +126,7 @@ def test_fewer_clips_and_layers_of_it_are_those_of_the_whole_bank(
         assert verify_bank(again.path) == ()
 
 
-def test_two_of_them_join_and_one_joins_no_tokens(
-    thin: Bank, sealed: Bank, tmp_path: Path
-) -> None:
+def test_two_of_them_join_and_one_joins_no_tokens(thin: Bank, sealed: Bank, tmp_path: Path) -> None:
     parts = [
         rebuild_bank([sealed], tmp_path / f"{n}.bank", rows=[rows], storage="pooled")
         for n, rows in enumerate((np.arange(20), np.arange(20, 40)))
@@ -147,3 +158,75 @@ def test_damage_is_found(thin: Bank, tmp_path: Path) -> None:
     (damaged / "layers/1/mean/c.0.0").unlink()
     with pytest.raises(BankCorrupt, match=r"mean/c.0.0 is missing"):
         open_bank(damaged)
+
+
+@pytest.fixture(scope="module")
+def runs(
+    thin: Bank, sealed: Bank, clip_table: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, tuple[Path, dict[str, Any], list[str]]]:
+    """Probes on means, trained from the whole bank and from pooled vectors."""
+    found = {}
+    for name, bank in (("whole", sealed), ("thin", thin)):
+        out, said = tmp_path_factory.mktemp("runs") / name, list[str]()
+        results = run_training(
+            bank,
+            clip_table.with_name("labels.csv"),
+            out,
+            probes=[parse_probe(probe) for probe in MEANS],
+            settings=QUICK,
+            layer=[(1,), (2,)],
+            say=said.append,
+        )
+        found[name] = (out, results, said)
+    return found
+
+
+def test_probes_on_means_find_the_same_numbers(runs: dict[str, Any]) -> None:
+    (_, whole, _), (_, thin, said) = runs["whole"], runs["thin"]
+    assert "tokens are not in the bank: probes read the stored means" in said
+    assert len(whole["scores"]) == len(thin["scores"]) >= 2 * len(MEANS)
+    for expected, found in zip(whole["scores"], thin["scores"], strict=True):
+        assert (found["probe"], found["metric"]) == (expected["probe"], expected["metric"])
+        assert found["mean"] == pytest.approx(expected["mean"], abs=1e-6)
+
+
+def test_predictions_need_no_tokens_either(runs: dict[str, Any], thin: Bank, sealed: Bank) -> None:
+    predictor = Predictor(runs["thin"][0], probe="linear@2")
+    from_means, from_tokens = (list(predictor.bank(bank)) for bank in (thin, sealed))
+    assert [one.clip for one in from_means] == [one.clip for one in from_tokens]
+    for one, other in zip(from_means, from_tokens, strict=True):
+        np.testing.assert_allclose(one.probabilities, other.probabilities, rtol=1e-5)
+    with pytest.raises(BankError, match="holds pooled vectors only"):
+        list(predictor.bank(thin, frames=True))
+
+
+def test_probes_that_read_tokens_are_named_before_anything_starts(
+    thin: Bank, clip_table: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(TrialError, match=r"only, and linear-cls, protobin read tokens; train lin"):
+        run_training(
+            thin,
+            clip_table.with_name("labels.csv"),
+            tmp_path / "run",
+            probes=["linear", "protobin", "linear-cls"],
+            settings=QUICK,
+            progress=lambda event: pytest.fail("a pass began"),
+        )
+
+
+def test_the_command_makes_and_shows_one(
+    sealed: Bank, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, line = tmp_path / "t.bank", ["bank", "convert", str(sealed.path), "--pooled-only"]
+    assert main([*line, "--split", "train", "--layers", "2", "--out", str(out)]) == 0
+    assert main(["bank", "show", str(out)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "pooled vectors of these tokens only (mean, max, min)" in shown
+    assert "float16, 40 clips, layers 1,2, of which split train" in shown
+    assert main(["bank", "ls", str(tmp_path)]) == 0
+    assert "float16 pooled only, 20 clips" in capsys.readouterr().out
+    assert main(["bank", "verify", str(out)]) == 0
+    again = ["bank", "convert", str(out), "--pooled-only", "--out", str(tmp_path / "x.bank")]
+    assert main(again) == 2
+    assert main([*line, "--archive", "--out", str(tmp_path / "x.bank")]) == 1
+    assert "--archive is for tokens" in capsys.readouterr().err
