@@ -231,12 +231,27 @@ def read_attributes(path: Path) -> Json:
     if not file.is_file():
         raise BankNotFound(f"no bank at {path}: there is no zarr.json")
     try:
-        document = parse_json(file.read_bytes())
-    except (OSError, ValueError) as error:
+        content = file.read_bytes()
+    except OSError as error:
+        raise BankCorrupt(
+            f"{file} cannot be read: {error.strerror}; pull the bank again"
+        ) from error
+    return parse_attributes(content, where=str(path))
+
+
+def parse_attributes(content: bytes, *, where: str) -> Json:
+    """The bank attributes that the bytes of a zarr.json hold; raises what `read_attributes` does.
+
+    `where` is the bank, for messages.
+    """
+    file = f"{where}/zarr.json"
+    try:
+        document = parse_json(content)
+    except ValueError as error:
         raise BankCorrupt(f"{file} is no JSON: {str(error)[:200]}; pull the bank again") from error
     attributes = document.get("attributes", {}) if isinstance(document, Mapping) else {}
     if not isinstance(attributes, Mapping) or "patchbank_format" not in attributes:
-        raise BankNotFound(f"{path} is a Zarr group but no bank: it has no patchbank_format")
+        raise BankNotFound(f"{where} is a Zarr group but no bank: it has no patchbank_format")
     version = attributes["patchbank_format"]
     if type(version) is not int or version < FORMAT_VERSION:
         raise BankCorrupt(
@@ -245,9 +260,9 @@ def read_attributes(path: Path) -> Json:
         )
     if version != FORMAT_VERSION:
         raise BankError(
-            f"{path} has bank format {version}; this patchbank reads format "
+            f"{where} has bank format {version}; this patchbank reads format "
             f"{FORMAT_VERSION}: pip install --upgrade patchbank"
         )
     if not isinstance(attributes.get("card"), Mapping):
-        raise BankCorrupt(f"{path / 'zarr.json'} has no card; pull the bank again")
+        raise BankCorrupt(f"{file} has no card; pull the bank again")
     return dict(attributes)

@@ -266,21 +266,26 @@ def open_bank(path: Path | str) -> Bank:
 
 
 def _checked_bank(bank: Path, attributes: Json, seal: Seal) -> Bank:
-    if not seal.matches_root:
-        raise BankCorrupt(f"{bank}: seal.json does not match its own root hash; {ADVICE}")
-    if seal.format != FORMAT_VERSION:
-        raise BankCorrupt(f"{bank}: {SEAL} has format {seal.format!r}, zarr.json {FORMAT_VERSION}")
     # Everything that is decided later rests on the card; the other files only have to be there.
     if hash_file(bank / "zarr.json", relative_to=bank) != seal.files.get("zarr.json"):
         raise BankCorrupt(f"{bank}: zarr.json is not the one that was sealed; {ADVICE}")
+    return Bank(bank, attributes, seal, sealed_schema(attributes, seal, where=str(bank)))
+
+
+def sealed_schema(attributes: Json, seal: Seal, *, where: str) -> BankSchema:
+    """The shapes of a bank whose zarr.json is the sealed one; `BankCorrupt` where seal and card do
+    not fit each other. `where` is the bank, for messages."""
+    if not seal.matches_root:
+        raise BankCorrupt(f"{where}: seal.json does not match its own root hash; {ADVICE}")
+    if seal.format != FORMAT_VERSION:
+        raise BankCorrupt(f"{where}: {SEAL} has format {seal.format!r}, zarr.json {FORMAT_VERSION}")
     if seal.recipe_id != attributes.get("recipe_id"):
-        raise BankCorrupt(f"{bank}: zarr.json and seal.json name different recipes; {ADVICE}")
+        raise BankCorrupt(f"{where}: zarr.json and seal.json name different recipes; {ADVICE}")
     try:
         schema = checked_schema(attributes)
-        opened = Bank(bank, attributes, seal, schema)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = f"{type(error).__name__} {str(error)[:200]}"
-        raise BankCorrupt(f"{bank}: the card is damaged: {reason}; {ADVICE}") from error
+        raise BankCorrupt(f"{where}: the card is damaged: {reason}; {ADVICE}") from error
     for problem in shape_problems(schema, seal):
-        raise BankCorrupt(f"{bank}: {problem}; {ADVICE}")
-    return opened
+        raise BankCorrupt(f"{where}: {problem}; {ADVICE}")
+    return schema

@@ -62,23 +62,35 @@ def read_seal(bank: Path) -> Seal:
     """The seal of a bank, as it stands; `BankIncomplete` where there is none, or `BankCorrupt`."""
     require_seal(bank)
     try:
-        content = parse_json((bank / SEAL).read_bytes())
-        files = [file_record(file) for file in content["files"]]
-        if type(content["format"]) is not int:
-            raise ValueError(f"format {brief(content['format'])}")
+        content = (bank / SEAL).read_bytes()
+    except OSError as error:
+        raise BankCorrupt(f"{bank / SEAL} cannot be read: {error.strerror}") from error
+    return parse_seal(content, where=str(bank))
+
+
+def parse_seal(content: bytes, *, where: str) -> Seal:
+    """What the bytes of a seal.json say; `BankCorrupt` where they are none.
+
+    `where` is the bank, for messages.
+    """
+    try:
+        document = parse_json(content)
+        files = [file_record(file) for file in document["files"]]
+        if type(document["format"]) is not int:
+            raise ValueError(f"format {brief(document['format'])}")
         seal = Seal(
-            format=content["format"],
-            recipe_id=as_digest(content["recipe_id"]),
-            fingerprint=as_digest(content["fingerprint"]),
-            root_sha256=as_digest(content["root_sha256"]),
-            matches_root=root_hash(content) == content["root_sha256"],
+            format=document["format"],
+            recipe_id=as_digest(document["recipe_id"]),
+            fingerprint=as_digest(document["fingerprint"]),
+            root_sha256=as_digest(document["root_sha256"]),
+            matches_root=root_hash(document) == document["root_sha256"],
             files={file.path: file for file in files},
         )
         if len(seal.files) != len(files):
             raise ValueError("a path is named twice")
-    except (OSError, KeyError, TypeError, AttributeError, *NO_JSON) as error:
+    except (KeyError, TypeError, AttributeError, *NO_JSON) as error:
         reason = f"{type(error).__name__} {str(error)[:200]}"
-        raise BankCorrupt(f"{bank / SEAL} is damaged: {reason}; pull the bank again") from error
+        raise BankCorrupt(f"{where}/{SEAL} is damaged: {reason}; pull the bank again") from error
     return seal
 
 
