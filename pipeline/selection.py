@@ -124,17 +124,17 @@ def chosen_rows(
         keep &= _named(bank, read_list(clips))
     rows = np.flatnonzero(keep)
     if not len(rows):
-        raise PatchbankError(f"no clip of {bank.path} is left; correct --split or --clips")
+        raise PatchbankError(f"no clip of {bank.where} is left; correct --split or --clips")
     return rows
 
 
 def _of_splits(bank: Bank, splits: Sequence[str]) -> Bool[np.ndarray, " row"]:
     if "split" not in bank.clips.column_names:
-        raise PatchbankError(f"{bank.path} has no split column; name clips with --clips")
+        raise PatchbankError(f"{bank.where} has no split column; name clips with --clips")
     there = bank.clips["split"].to_pylist()
     if unknown := sorted(set(splits) - set(there)):
         found = ", ".join(sorted({str(name) for name in there if name is not None}))
-        raise PatchbankError(f"no split {unknown[0]!r} in {bank.path}; it has {found}")
+        raise PatchbankError(f"no split {unknown[0]!r} in {bank.where}; it has {found}")
     return np.fromiter((name in splits for name in there), bool, len(there))
 
 
@@ -151,7 +151,7 @@ def _named(bank: Bank, sheet: Sheet) -> Bool[np.ndarray, " row"]:
         sheet,
         key,
         (
-            (row, f"no clip of {bank.path} has {key} {name!r}")
+            (row, f"no clip of {bank.where} has {key} {name!r}")
             for row, name in enumerate(wanted)
             if name not in known
         ),
@@ -166,7 +166,7 @@ def _named(bank: Bank, sheet: Sheet) -> Bool[np.ndarray, " row"]:
         sheet,
         "view",
         (
-            (row, f"no view {view!r} of {name!r} in {bank.path}")
+            (row, f"no view {view!r} of {name!r} in {bank.where}")
             for row, (name, view) in enumerate(zip(wanted, views, strict=True))
             if (name, view) not in there
         ),

@@ -31,7 +31,7 @@ class MeanSource:
         device: torch.device | str = "cpu",
         rows: Rows | None = None,
     ) -> None:
-        self._path = bank.path
+        self._where = bank.where
         self._source = BankSource(bank, list(layers), arrays=("mean",), device=device, rows=rows)
         self.n_rows = self._source.n_rows
         n_prefix = {spec.layer: spec.n_prefix for spec in bank.schema.layers}
@@ -46,7 +46,7 @@ class MeanSource:
         others = sorted(name for name, probe in probes.items() if not probe.reads_means_only)
         if others:
             raise TrialError(
-                f"{self._path} holds pooled vectors only, and {', '.join(others)} "
+                f"{self._where} holds pooled vectors only, and {', '.join(others)} "
                 f"read{'s' * (len(others) == 1)} tokens; train linear, mlp, knn or "
                 "linpre:pooling=mean from it, or `patchbank bank pull` the bank that it was made "
                 "from without --pooled-only"
