@@ -30,19 +30,19 @@ from patchbank.pipeline.bank.identity import rows_digest
 from patchbank.pipeline.bank.join import check_joinable, copy_golden, environments_of
 from patchbank.pipeline.bank.parts import RowFacts, part_table
 from patchbank.pipeline.bank.reader import Bank, open_bank
-from patchbank.pipeline.bank.rows import RowBytes, TokenFloats
 from patchbank.pipeline.bank.schema import HOLE, SmallArray, Storage, TokenArray
 from patchbank.pipeline.bank.seal import seal_bank
 from patchbank.pipeline.bank.view_columns import MIX_GAINS, has_gains
 from patchbank.pipeline.bank.writer import RowDigest, ShardFileWriter, writer_threads
 from patchbank.pipeline.errors import BankError
 from patchbank.pipeline.plan import bank_bytes, check_space
-from patchbank.pipeline.rebuild_plan import RebuildPlan, Rows, plan_rebuild
+from patchbank.pipeline.rebuild_plan import Readers, RebuildPlan, Rows, plan_rebuild, read_together
 from patchbank.pipeline.shard_rows import small_values_of, write_part
 from patchbank.pipeline.specs import Json, StoredDType
 from patchbank.pipeline.tokens import StoredTokens, store_tokens
 
 BATCH_ROWS = 16
+SHARDS_AT_ONCE = 8
 
 
 def rebuild_bank(
@@ -82,7 +82,7 @@ def rebuild_bank(
         copy_golden(first, out, plan.schema)
         n_done, shards = 0, range(plan.schema.n_shards)
         _ = plan.sources if plan.is_copy else plan.floats
-        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="rebuild")
+        pool = ThreadPoolExecutor(_n_shards_at_once(banks), thread_name_prefix="rebuild")
         # Others than the pool's, whose shards wait for their rows.
         with writer_threads() as threads:
             try:
@@ -96,6 +96,13 @@ def rebuild_bank(
                 pool.shutdown(cancel_futures=True)
     seal_bank(out, plan.schema, recipe_id=plan.attributes["recipe_id"])
     return open_bank(out)
+
+
+def _n_shards_at_once(banks: Sequence[Bank]) -> int:
+    """As many as there are cores; more where most of the time they wait for rows from afar."""
+    if any(bank.is_remote for bank in banks):
+        return SHARDS_AT_ONCE
+    return min(SHARDS_AT_ONCE, os.cpu_count() or 1)
 
 
 def _rebuild_shard(plan: RebuildPlan, shard: int, threads: ThreadPoolExecutor) -> None:
@@ -211,19 +218,11 @@ def _copied(
 
 
 def _tokens(
-    plan: RebuildPlan,
-    readers: Mapping[tuple[int, str], RowBytes] | Mapping[tuple[int, str], TokenFloats],
-    suffix: str,
-    clips: range,
+    plan: RebuildPlan, readers: Readers, suffix: str, clips: range
 ) -> list[Shaped[np.ndarray, "token dim"]]:
-    """The tokens of some clips; those of one bank are read together."""
-    owners, rows = (plan.owner[clips.start : clips.stop], plan.row[clips.start : clips.stop])
-    found: dict[int, Shaped[np.ndarray, "token dim"]] = {}
-    for owner in np.unique(owners).tolist():
-        places = np.flatnonzero(owners == owner)
-        read = readers[owner, suffix].read_all(rows[places].tolist())
-        found |= dict(zip(places.tolist(), read, strict=True))
-    return [found[place] for place in range(len(clips))]
+    some = slice(clips.start, clips.stop)
+    chosen = {number: reader for (number, name), reader in readers.items() if name == suffix}
+    return read_together(chosen, plan.owner[some], plan.row[some])
 
 
 def _facts(

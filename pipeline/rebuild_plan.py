@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int64
+from jaxtyping import Int64, Shaped
 
 from patchbank.pipeline.bank.begin import derivation
 from patchbank.pipeline.bank.card import attributes_of_card, layers_of_schema
@@ -30,6 +30,10 @@ from patchbank.pipeline.plan import schema_for
 from patchbank.pipeline.specs import Json, StoredDType
 
 Rows = Int64[np.ndarray, " row"]
+Readers = Mapping[tuple[int, str], RowBytes | TokenFloats]
+"""By bank and by array, named by `TokenArray.column_suffix`."""
+ROWS_AT_ONCE = 32
+"""Rows of floats in memory, which come together where they come from afar."""
 
 
 @dataclass(frozen=True)
@@ -156,15 +160,29 @@ def _constants(
     done = np.array([status[o][r] == DONE for o, r in zip(owner, row, strict=True)])
     candidates = np.flatnonzero(done)
     if not len(candidates):
-        raise BankError(f"no clip of {banks[0].path} with tokens is left to measure channels on")
+        raise BankError(f"no clip of {banks[0].where} with tokens is left to measure channels on")
     order = np.random.default_rng(CALIBRATION_SEED).permutation(len(candidates))
     drawn = candidates[np.sort(order[:CALIBRATION_CLIPS])]
     constants = {}
     for layer in layers:
         array = banks[0].array(layer)
-        readers = [TokenFloats(bank, array) for bank in banks]
+        readers = {number: TokenFloats(bank, array) for number, bank in enumerate(banks)}
         statistics = ChannelStatistics(array.dim)
-        for clip in drawn.tolist():
-            statistics.add(readers[int(owner[clip])].read(int(row[clip])))
+        for start in range(0, len(drawn), ROWS_AT_ONCE):
+            some = drawn[start : start + ROWS_AT_ONCE]
+            for tokens in read_together(readers, owner[some], row[some]):
+                statistics.add(tokens)
         constants[layer] = statistics.constants().for_type(schema.stored)
     return constants
+
+
+def read_together(
+    readers: Mapping[int, RowBytes | TokenFloats], owner: Rows, row: Rows
+) -> list[Shaped[np.ndarray, "token dim"]]:
+    """The tokens of some clips, in order; those of one bank are read in one call."""
+    found: dict[int, Shaped[np.ndarray, "token dim"]] = {}
+    for number in np.unique(owner).tolist():
+        places = np.flatnonzero(owner == number)
+        read = readers[number].read_all(row[places].tolist())
+        found |= dict(zip(places.tolist(), read, strict=True))
+    return [found[place] for place in range(len(row))]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +11,10 @@ from jaxtyping import Bool, Int64
 
 from patchbank.pipeline.bank.join import join_banks
 from patchbank.pipeline.bank.reader import Bank
-from patchbank.pipeline.bank.schema import DONE, FAILED, Storage
+from patchbank.pipeline.bank.schema import DONE, FAILED, BankSchema, Storage
 from patchbank.pipeline.errors import ManifestError, PatchbankError, Problem
 from patchbank.pipeline.manifest.sheet import Sheet, read_list
+from patchbank.pipeline.plan import schema_for
 from patchbank.pipeline.specs import StoredDType
 
 Progress = Callable[[int, int], None]
@@ -39,6 +40,17 @@ class Selection:
         keeps_files = self.storage in (bank.schema.storage, "pooled")
         is_cast = self.dtype != bank.schema.stored_dtype
         return is_cast or not keeps_files or self.rows is not None or self.is_compact
+
+    def schema(self, bank: Bank) -> BankSchema:
+        """The shapes of what is made; those of rows that are written anew are made at once."""
+        specs = tuple(spec for spec in bank.schema.layers if spec.layer in self.layers)
+        grids = {spec.layer: bank.schema.grids[spec.layer] for spec in specs}
+        if not self.copies_rows(bank):
+            return replace(bank.schema, layers=specs, grids=grids, storage=self.storage)
+        n_clips = bank.n_clips if self.rows is None else len(self.rows)
+        return schema_for(
+            specs, grids, stored_dtype=self.dtype, n_clips=n_clips, storage=self.storage
+        )
 
     def is_all_of(self, bank: Bank) -> bool:
         """Whether nothing would change."""

@@ -192,15 +192,17 @@ def copy_golden(bank: Bank, out: Path, schema: BankSchema) -> None:
     """Commits the golden clip of `bank` to `out`, with the layers of `schema`."""
     if read_record(out, "golden") is not None:
         return
-    arrays = {f"tokens_{array.column_suffix}" for array in schema.arrays()}
     with unless_committed(out, "golden"), open_attempt(out, "golden") as attempt:
-        files = []
-        for name in sorted(bank.seal.files):
-            folder, _, rest = name.partition("/")
-            is_kept = rest.split("/")[0] in {"zarr.json", "frames", "waveform", *arrays}
-            if folder == "golden" and is_kept:
-                files.append(_take_file(bank, name, attempt, name))
+        files = [_take_file(bank, name, attempt, name) for name in golden_files(bank, schema)]
         commit(out, attempt, "golden", files, {})
+
+
+def golden_files(bank: Bank, schema: BankSchema) -> list[str]:
+    """The files of a bank's golden clip that one of `schema` needs."""
+    arrays = {f"tokens_{array.column_suffix}" for array in schema.arrays()}
+    kept = {"zarr.json", "frames", "waveform", *arrays}
+    parts = {name: name.split("/") for name in sorted(bank.seal.files)}
+    return [name for name, part in parts.items() if part[0] == "golden" and part[1] in kept]
 
 
 def _take_shard(

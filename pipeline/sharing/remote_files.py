@@ -13,7 +13,7 @@ import threading
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ from patchbank.pipeline.bank.writer import FileRecord, fsync_folder, hash_file
 from patchbank.pipeline.errors import BankCorrupt, BankError, NotInStore, StoreError
 from patchbank.pipeline.sharing.row_cache import DRAFTS, URL, RowCache, bank_folder, touch
 from patchbank.pipeline.sharing.settings import ShareSettings
-from patchbank.pipeline.sharing.store import Store
+from patchbank.pipeline.sharing.store import Meter, Store
 from patchbank.pipeline.sharing.stores import open_store
 from patchbank.pipeline.sharing.transfer import with_retries
 
@@ -67,6 +67,8 @@ class RemoteFiles:
         """The address, for messages."""
         self.folder = bank_folder(settings.cache, seal.root_sha256)
         """Where files are kept."""
+        self.meter: Meter | None = None
+        """Told of what comes, in this process."""
         self._processes: dict[int, _Process] = {}
 
     def _process(self) -> _Process:
@@ -77,6 +79,10 @@ class RemoteFiles:
             # One of two threads wins, without a lock that a fork could find taken.
             found = self._processes.setdefault(os.getpid(), made)
         return found
+
+    @property
+    def store(self) -> Store:
+        return self._process().store
 
     @property
     def cache(self) -> RowCache:
@@ -103,7 +109,7 @@ class RemoteFiles:
     def _read_once(self, name: str, start: int, stop: int) -> bytes:
         store = self._process().store
         try:
-            return b"".join(store.stream(name, start, stop))
+            return b"".join(self._metered(store.stream(name, start, stop)))
         except NotInStore as error:
             raise self.problem(f"{shown(name)} is gone") from error
         except StoreError as error:
@@ -113,6 +119,12 @@ class RemoteFiles:
                     what = f"{shown(name)} has {found} bytes, sealed {sealed}"
                     raise self.problem(what) from error
             raise
+
+    def _metered(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        for piece in pieces:
+            if self.meter is not None:
+                self.meter(len(piece))
+            yield piece
 
     def problem(self, what: str) -> BankError:
         """The error for bytes that are not the sealed ones: another bank may lie there by now."""
@@ -252,7 +264,7 @@ class RemoteFiles:
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_processes": {}}
+        return self.__dict__ | {"_processes": {}, "meter": None}
 
 
 def _is_whole(draft: Path, record: FileRecord) -> bool:
