@@ -71,8 +71,8 @@ def select(
 ) -> Selection:
     """Looks the options up; raises `PatchbankError` for what the bank does not have.
 
-    `layers` are "all", "last" or numbers; `clips` a table with clip_id or path, and view if not all
-    views. What is made of pooled vectors holds pooled vectors.
+    `layers` are "all", "last", or numbers, also as "3,6,12"; `clips` a table with clip_id or path,
+    and view if not all views. What is made of pooled vectors holds pooled vectors.
     """
     pooled = pooled_only or not bank.schema.holds_tokens
     if pooled and (archive or dtype not in (None, bank.schema.stored_dtype)):
@@ -120,7 +120,16 @@ def chosen_layers(bank: Bank, layers: str | Sequence[int]) -> tuple[int, ...]:
         return bank.layers
     if layers == "last":
         return bank.layers[-1:]
+    if isinstance(layers, str):
+        layers = _numbers(layers)
     return tuple(sorted({bank.resolve_layer(int(layer)) for layer in layers}))
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise PatchbankError(f"found layers {text!r}, expected last, all, or 3,6,12") from None
 
 
 def chosen_rows(

@@ -94,7 +94,7 @@ class TokenFloats:
         return [self._floats(row, tokens) for row, tokens in zip(rows, stored, strict=True)]
 
     def _floats(
-        self, row: int, tokens: Shaped[np.ndarray, "token dim"]
+        self, row: int, tokens: Shaped[np.ndarray, "token width"]
     ) -> Float32[np.ndarray, "token dim"]:
         if self._constants is None:
             return self._stored.to_float(tokens).astype(np.float32)

@@ -43,7 +43,7 @@ class PartFiles:
     n_shard_rows: int
     """Rows that are read so, of all layers together."""
     seal_bytes: int
-    """Of what is read before anything is chosen: the seal, about, twice, and the card."""
+    """Of what is read before anything is chosen: about three times the seal, and the card."""
 
     @property
     def travel_bytes(self) -> int:
@@ -76,7 +76,7 @@ def part_files(bank: Bank, chosen: Selection) -> PartFiles:
         tuple(bank.seal.files[name] for name in whole),
         row_bytes=sum(read),
         n_shard_rows=len(rows) * len(read),
-        seal_bytes=bank.seal.files[CARD].size + 2 * _seal_size(bank),
+        seal_bytes=bank.seal.files[CARD].size + 3 * _seal_size(bank),
     )
 
 

@@ -8,31 +8,26 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from patchbank.pipeline.bank.card import parse_attributes
 from patchbank.pipeline.bank.layout import ShardLayout, crc32c
 from patchbank.pipeline.bank.places import RowPlaces, Tail, read_places
-from patchbank.pipeline.bank.reader import Bank, sealed_schema
+from patchbank.pipeline.bank.reader import Bank
 from patchbank.pipeline.bank.schema import BankSchema
-from patchbank.pipeline.bank.seal_record import SEAL, parse_seal
-from patchbank.pipeline.errors import (
-    BankCorrupt,
-    BankError,
-    BankIncomplete,
-    BankNotFound,
-    NotInStore,
-)
-from patchbank.pipeline.sharing.remote_files import AFAR, MOST_SEAL_BYTES, RemoteFiles
+from patchbank.pipeline.errors import BankCorrupt, BankError, NotInStore
+from patchbank.pipeline.sharing.remote_files import RemoteFiles
 from patchbank.pipeline.sharing.remote_rows import RemoteRows
+from patchbank.pipeline.sharing.remote_seal import (
+    MOST_NOTE_BYTES,
+    SIGNATURES,
+    read_remote_seal,
+    seal_content,
+)
 from patchbank.pipeline.sharing.settings import ShareSettings, load_settings
 from patchbank.pipeline.sharing.store import Store
 from patchbank.pipeline.sharing.stores import open_store
 from patchbank.pipeline.sharing.transfer import with_retries
 from patchbank.pipeline.specs import Json
 
-MOST_CARD_BYTES = 64 * 2**20
-CARD = "zarr.json"
 CHECKSUM_BYTES = 4
-MOST_SIGNATURES_BYTES = 2**20
 MOST_OPENINGS = 5
 """Of a bank that grows again and again while it is opened."""
 
@@ -126,44 +121,22 @@ def open_remote(url: str, *, settings: ShareSettings | None = None) -> RemoteBan
     settings = settings or load_settings()
     store = open_store(url)
     for _ in range(MOST_OPENINGS - 1):
-        content = _seal(store)
+        content = seal_content(store)
         try:
-            return _opened(url, store, content, settings)
+            return _opened(url, store, settings)
         except (BankError, NotInStore):
-            if _seal(store) == content:
+            if seal_content(store) == content:
                 raise
             # It grew meanwhile: what was read may be of two banks.
-    return _opened(url, store, _seal(store), settings)
+    return _opened(url, store, settings)
 
 
-def _seal(store: Store) -> bytes:
-    """What seal.json holds; `BankIncomplete` or `BankNotFound` where it is not there."""
-    content = with_retries(lambda: store.document(SEAL, most_bytes=MOST_SEAL_BYTES))
-    if content is not None:
-        return content
-    if with_retries(lambda: store.size(CARD)) is not None:
-        raise BankIncomplete(
-            f"{store.url} is not sealed: its push has not finished. Run the same `patchbank bank "
-            "push` again"
-        )
-    raise BankNotFound(f"no bank at {store.url}: there is no {SEAL}")
-
-
-def _opened(url: str, store: Store, content: bytes, settings: ShareSettings) -> RemoteBank:
-    seal = parse_seal(content, where=store.url)
-    if not seal.matches_root:
-        raise BankCorrupt(f"{store.url}: {SEAL} does not match its own root hash; {AFAR}")
-    signed_by = _signed_by(store, content, settings)
-    card = seal.files.get(CARD)
-    if card is None or card.size > MOST_CARD_BYTES:
-        found = "is not sealed" if card is None else f"has {card.size} bytes"
-        raise BankCorrupt(f"{store.url}: {CARD} {found}; {AFAR}")
-    remote = RemoteFiles(url, seal, settings)
-    attributes = parse_attributes(remote.file(CARD).read_bytes(), where=store.url)
-    schema = sealed_schema(attributes, seal, where=store.url)
-    bank = RemoteBank(remote, attributes, schema, signed_by=signed_by)
-    bank.check_files()
-    return bank
+def _opened(url: str, store: Store, settings: ShareSettings) -> RemoteBank:
+    there = read_remote_seal(store)
+    signed_by = _signed_by(store, there.content, settings)
+    remote = RemoteFiles(url, there.seal, settings)
+    remote.check_sizes()
+    return RemoteBank(remote, there.attributes, there.schema, signed_by=signed_by)
 
 
 def _signed_by(store: Store, content: bytes, settings: ShareSettings) -> tuple[str, ...]:
@@ -171,9 +144,7 @@ def _signed_by(store: Store, content: bytes, settings: ShareSettings) -> tuple[s
     if settings.require_signature == "nothing":
         return ()
     trust = import_module("patchbank.pipeline.sharing.trust")
-    signatures = with_retries(
-        lambda: store.document(trust.SIGNATURES, most_bytes=MOST_SIGNATURES_BYTES)
-    )
+    signatures = with_retries(lambda: store.document(SIGNATURES, most_bytes=MOST_NOTE_BYTES))
     found: tuple[str, ...] = trust.check_trust(
         content, signatures, where=store.url, settings=settings
     )

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from patchbank.pipeline.bank.damage import shown
-from patchbank.pipeline.bank.seal_record import SEAL, Seal, parse_seal
+from patchbank.pipeline.bank.seal_record import Seal, parse_seal
 from patchbank.pipeline.bank.writer import FileRecord, fsync_folder, hash_file
 from patchbank.pipeline.errors import BankCorrupt, BankError, NotInStore, StoreError
+from patchbank.pipeline.sharing.remote_seal import ask_pusher, seal_content
 from patchbank.pipeline.sharing.row_cache import DRAFTS, URL, RowCache, bank_folder, touch
 from patchbank.pipeline.sharing.settings import ShareSettings
 from patchbank.pipeline.sharing.store import Meter, Store
@@ -34,10 +35,8 @@ REQUESTS_AT_ONCE = 32
 """A bucket answers after 20 to 50 ms, however little it is asked for."""
 PIECE_BYTES = 8 * 2**20
 """What one request asks for of a file that is fetched whole."""
-MOST_SEAL_BYTES = 64 * 2**20
 LEAST_LIMIT_BYTES = 2**30
 """Small files up to this are fetched whatever the limit of the cache is."""
-AFAR = "it may be in the middle of a push; else push it again from a whole copy"
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -65,6 +64,7 @@ class RemoteFiles:
         self._url, self.seal, self._settings = url, seal, settings
         self.where = open_store(url).url
         """The address, for messages."""
+        self._advice = f"it may be in the middle of a push; else {ask_pusher(open_store(url))}"
         self.folder = bank_folder(settings.cache, seal.root_sha256)
         """Where files are kept."""
         self.meter: Meter | None = None
@@ -128,14 +128,13 @@ class RemoteFiles:
 
     def problem(self, what: str) -> BankError:
         """The error for bytes that are not the sealed ones: another bank may lie there by now."""
-        store = self._process().store
-        content = with_retries(lambda: store.document(SEAL, most_bytes=MOST_SEAL_BYTES))
+        content = seal_content(self._process().store)
         try:
             now = None if content is None else parse_seal(content, where=self.where).root_sha256
         except BankError:
             now = None
         if now == self.seal.root_sha256:
-            return BankCorrupt(f"{self.where}: {what}; {AFAR}")
+            return BankCorrupt(f"{self.where}: {what}; {self._advice}")
         return BankError(
             f"{self.where} has grown or was replaced since it was opened; open it again"
         )
@@ -156,7 +155,7 @@ class RemoteFiles:
     def _sealed(self, name: str) -> FileRecord:
         record = self.seal.files.get(name)
         if record is None:
-            raise BankCorrupt(f"{self.where}: {shown(name)} is not sealed; {AFAR}")
+            raise BankCorrupt(f"{self.where}: {shown(name)} is not sealed; {self._advice}")
         most = max(LEAST_LIMIT_BYTES, self._settings.cache_limit_bytes)
         if record.size > most:
             raise BankError(
@@ -260,7 +259,7 @@ class RemoteFiles:
             if found != record.size:
                 what = "is missing" if found is None else f"has {found} bytes"
                 raise BankCorrupt(
-                    f"{self.where}: {shown(name)} {what}, sealed {record.size}; {AFAR}"
+                    f"{self.where}: {shown(name)} {what}, sealed {record.size}; {self._advice}"
                 )
 
     def __getstate__(self) -> dict[str, Any]:
