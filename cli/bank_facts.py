@@ -21,7 +21,7 @@ def bank_facts(bank: Bank) -> Facts:
     card, clips = bank.card, bank.clips.select(["status", "reason"]).to_pylist()
     reasons = Counter(str(row["reason"]) for row in clips if row["status"] == 2)
     return {
-        "bank": str(bank.path),
+        "bank": bank.where,
         "fingerprint": bank.fingerprint,
         "recipe_id": bank.recipe_id,
         "root_sha256": bank.root_sha256,

@@ -142,7 +142,7 @@ class Predictor:
 
     def bank(self, bank: str | Path | Bank, *, frames: bool = False) -> Iterator[Prediction]:
         """One row a clip of a bank that has tokens, or a frame of it; its views are left out."""
-        opened = bank if isinstance(bank, Bank) else open_bank(Path(bank))
+        opened = bank if isinstance(bank, Bank) else open_bank(bank)
         self.artefact.check_encoder(opened.card["encoder"], opened.encoder_id)
         grids = {layer: (grid.time, grid.freq) for layer, grid in opened.schema.grids.items()}
         probe = self._frame_probe(grids) if frames else None

@@ -30,6 +30,7 @@ from patchbank.pipeline.bank.identity import rows_digest
 from patchbank.pipeline.bank.join import check_joinable, copy_golden, environments_of
 from patchbank.pipeline.bank.parts import RowFacts, part_table
 from patchbank.pipeline.bank.reader import Bank, open_bank
+from patchbank.pipeline.bank.rows import RowBytes, TokenFloats
 from patchbank.pipeline.bank.schema import HOLE, SmallArray, Storage, TokenArray
 from patchbank.pipeline.bank.seal import seal_bank
 from patchbank.pipeline.bank.view_columns import MIX_GAINS, has_gains
@@ -169,13 +170,29 @@ def _copied(
     plan: RebuildPlan, clips: range, writers: Mapping[str, ShardFileWriter | ArchiveFileWriter]
 ) -> Iterator[RowFacts]:
     values = {array.path: _small(plan, array, clips) for array in plan.schema.small_arrays()}
+    suffixes = [array.column_suffix for array in plan.schema.arrays()]
+    tokens = {suffix: _tokens(plan, plan.sources, suffix, clips) for suffix in suffixes}
     for index, clip in enumerate(clips):
-        owner, row = int(plan.owner[clip]), int(plan.row[clip])
-        for array in plan.schema.arrays():
-            tokens = plan.sources[owner, array.column_suffix].read(row)
-            writers[array.column_suffix].write_row(tokens)
+        for suffix in suffixes:
+            writers[suffix].write_row(tokens[suffix][index])
         small = {path: value[index] for path, value in values.items()}
         yield _facts(plan, clip, small)
+
+
+def _tokens(
+    plan: RebuildPlan,
+    readers: Mapping[tuple[int, str], RowBytes] | Mapping[tuple[int, str], TokenFloats],
+    suffix: str,
+    clips: range,
+) -> list[Shaped[np.ndarray, "token dim"]]:
+    """The tokens of some clips; those of one bank are read together."""
+    owners, rows = (plan.owner[clips.start : clips.stop], plan.row[clips.start : clips.stop])
+    found: dict[int, Shaped[np.ndarray, "token dim"]] = {}
+    for owner in np.unique(owners).tolist():
+        places = np.flatnonzero(owners == owner)
+        read = readers[owner, suffix].read_all(rows[places].tolist())
+        found |= dict(zip(places.tolist(), read, strict=True))
+    return [found[place] for place in range(len(clips))]
 
 
 def _facts(
@@ -245,9 +262,7 @@ def _convert(
     plan: RebuildPlan, array: TokenArray, clips: range, n_patches: Int32[np.ndarray, " clip"]
 ) -> StoredTokens:
     suffix = array.column_suffix
-    tokens = np.stack(
-        [plan.floats[int(plan.owner[clip]), suffix].read(int(plan.row[clip])) for clip in clips]
-    )
+    tokens = np.stack(_tokens(plan, plan.floats, suffix, clips))
     failed = [_old_failure(plan, clip) is not None for clip in clips]
     # A failed clip has no tokens; ones that can be stored keep its mates' batch simple.
     tokens[failed] = 1.0

@@ -37,6 +37,7 @@ RECIPE_FIELDS = (
 bank that makes views."""
 LONGEST_TEXT = 65_536
 MOST_LAYERS = 1_000
+LARGEST_CARD_BYTES = 16 * 2**20
 
 
 def checked_schema(attributes: Json) -> BankSchema:
@@ -219,7 +220,8 @@ def read_attributes(path: Path) -> Json:
     if not file.is_file():
         raise BankNotFound(f"no bank at {path}: there is no zarr.json")
     try:
-        content = file.read_bytes()
+        with file.open("rb") as opened:
+            content = opened.read(LARGEST_CARD_BYTES + 1)
     except OSError as error:
         raise BankCorrupt(
             f"{file} cannot be read: {error.strerror}; pull the bank again"
@@ -233,6 +235,8 @@ def parse_attributes(content: bytes, *, where: str) -> Json:
     `where` is the bank, for messages.
     """
     file = f"{where}/zarr.json"
+    if len(content) > LARGEST_CARD_BYTES:
+        raise BankCorrupt(f"{file} has more than {LARGEST_CARD_BYTES} bytes; pull the bank again")
     try:
         document = parse_json(content)
     except ValueError as error:

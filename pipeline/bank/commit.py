@@ -24,6 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from patchbank.pipeline.bank.seal_record import NO_JSON, SEAL, file_record, parse_json
+from patchbank.pipeline.bank.sealed_names import RECORDED_FOLDERS
 from patchbank.pipeline.bank.writer import FileRecord, fsync_folder, fsync_tree, write_durably
 from patchbank.pipeline.errors import BankCorrupt, BankError
 from patchbank.pipeline.specs import Json
@@ -196,7 +197,7 @@ def read_record(bank: Path, name: str) -> Json | None:
     try:
         record = parse_json(record_path(bank, name).read_bytes())
         for file in record["files"]:
-            file_record(file)
+            file_record(file, folders=RECORDED_FOLDERS)
     except FileNotFoundError:
         return None
     except (KeyError, TypeError, *NO_JSON) as error:

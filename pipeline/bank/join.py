@@ -119,22 +119,22 @@ def check_joinable(banks: Sequence[Bank]) -> None:
     for bank in banks[1:]:
         if bank.recipe_id != first.recipe_id:
             raise BankMismatch(
-                f"{bank.path} holds other tokens than {first.path}; only banks of one recipe can "
+                f"{bank.where} holds other tokens than {first.where}; only banks of one recipe can "
                 "be merged",
                 recipe_differences(recipe_of_card(bank.card), recipe_of_card(first.card)),
             )
-    owners: dict[tuple[str, int], Path] = {}
+    owners: dict[tuple[str, int], str] = {}
     for bank in banks:
         table = table_of(bank.clips)
         for key in zip(table["clip_id"].to_pylist(), table["view"].to_pylist(), strict=True):
-            owner = owners.setdefault(key, bank.path)
-            if owner != bank.path:
+            owner = owners.setdefault(key, bank.where)
+            if owner != bank.where:
                 raise BankError(
-                    f"clip {key[0]}, view {key[1]}, is in {owner} and in {bank.path}; take it out "
+                    f"clip {key[0]}, view {key[1]}, is in {owner} and in {bank.where}; take it out "
                     "of one: patchbank bank convert --clips"
                 )
     if len({bank.path.resolve() for bank in banks}) < len(banks):
-        twice = Counter(str(bank.path) for bank in banks).most_common(1)[0][0]
+        twice = Counter(bank.where for bank in banks).most_common(1)[0][0]
         raise BankError(f"{twice} is named twice; name each bank once")
 
 
@@ -209,9 +209,11 @@ def _take_shard(
 
 def source_record(bank: Bank, shard: int) -> Json:
     """The commit record of a shard of a sealed bank; `BankCorrupt` where it is missing."""
-    record = read_record(bank.path, shard_name(shard))
+    record = None
+    if (name := f"commits/{shard_name(shard)}.json") in bank.seal.files:
+        record = read_record(bank.files([name])[0].parents[1], shard_name(shard))
     if record is None:
-        raise BankCorrupt(f"{bank.path}: commits/{shard_name(shard)}.json is missing; {ADVICE}")
+        raise BankCorrupt(f"{bank.where}: {name} is missing; {ADVICE}")
     return record
 
 
@@ -232,7 +234,7 @@ def environments_of(bank: Bank, shard: int) -> list[Json]:
 
 def _take_file(bank: Bank, name: str, folder: Path, target: str) -> FileRecord:
     """Links a sealed file into `folder`, or copies it; a copy is compared with its digest."""
-    source, copy = bank.path / name, folder / target
+    [source], copy = bank.files([name]), folder / target
     copy.parent.mkdir(parents=True, exist_ok=True)
     sealed = bank.seal.files[name]
     try:
@@ -242,6 +244,7 @@ def _take_file(bank: Bank, name: str, folder: Path, target: str) -> FileRecord:
         shutil.copyfile(source, copy)
         if hash_file(copy, relative_to=folder).sha256 != sealed.sha256:
             raise BankCorrupt(
-                f"{bank.path}: {name} does not match its SHA-256; patchbank bank verify {bank.path}"
+                f"{bank.where}: {name} does not match its SHA-256; patchbank bank verify "
+                f"{bank.where}"
             ) from None
     return FileRecord(target, sealed.size, sealed.sha256)

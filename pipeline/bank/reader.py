@@ -17,7 +17,8 @@ from patchbank.pipeline.bank.assembly import CLIPS
 from patchbank.pipeline.bank.card import checked_schema, read_attributes
 from patchbank.pipeline.bank.clip_table import read_clips, read_status
 from patchbank.pipeline.bank.places import ADVICE, RowPlaces, read_places
-from patchbank.pipeline.bank.quantised import ChannelConstants, load_constants
+from patchbank.pipeline.bank.quantised import ChannelConstants, constant_files, load_constants
+from patchbank.pipeline.bank.row_files import RowFiles, RowReader, read_span
 from patchbank.pipeline.bank.schema import (
     FORMAT_VERSION,
     BankSchema,
@@ -47,6 +48,20 @@ class Bank:
         self.schema = schema
 
     @property
+    def where(self) -> str:
+        """The place that it was opened from, for messages."""
+        return str(self.path)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether its tokens lie elsewhere, so that no file of theirs can be mapped."""
+        return False
+
+    def files(self, names: Sequence[str]) -> list[Path]:
+        """Files of the bank, tokens aside, as files of this disk."""
+        return [self.path / name for name in names]
+
+    @property
     def fingerprint(self) -> str:
         return self.seal.fingerprint
 
@@ -73,9 +88,10 @@ class Bank:
     def clips(self) -> pa.Table:
         """clips.parquet, one row a bank row, in order; `BankCorrupt` where it cannot be trusted."""
         with self._as_opened():
-            clips = read_clips(self.path / CLIPS, self.schema)
+            [path] = self.files([CLIPS])
+            clips = read_clips(path, self.schema)
             for problem in view_column_problems(clips, self.card, n_clips=self.n_clips):
-                raise BankCorrupt(f"{self.path / CLIPS}: {problem}; {ADVICE}")
+                raise BankCorrupt(f"{path}: {problem}; {ADVICE}")
             return clips
 
     @contextmanager
@@ -98,7 +114,7 @@ class Bank:
     def status(self) -> Int32[np.ndarray, " row"]:
         """1 done, 2 failed, 3 hole; of all columns of `clips` only this one is read."""
         with self._as_opened():
-            status = read_status(self.path / CLIPS, self.schema)
+            status = read_status(self.files([CLIPS])[0], self.schema)
         status.flags.writeable = False
         return status
 
@@ -107,7 +123,7 @@ class Bank:
         if layer is None:
             return self.layers[-1]
         if layer not in self.layers:
-            raise BankError(f"{self.path} has no layer {layer}; it has {list(self.layers)}")
+            raise BankError(f"{self.where} has no layer {layer}; it has {list(self.layers)}")
         return layer
 
     def array(self, layer: int, kind: str = "patches") -> TokenArray:
@@ -116,7 +132,7 @@ class Bank:
         for array in self.schema.arrays():
             if (array.layer, array.kind) == (layer, kind):
                 return array
-        raise BankError(f"{self.path}: layer {layer} has no {kind} tokens")
+        raise BankError(f"{self.where}: layer {layer} has no {kind} tokens")
 
     def n_patches(self, layer: int) -> Int32[np.ndarray, " row"]:
         """Patches that count in each row: 0 in a failed one, -1 in a hole."""
@@ -127,7 +143,7 @@ class Bank:
         if wrong.any():
             row = int(np.argmax(wrong))
             raise BankCorrupt(
-                f"{self.path}: layers/{layer}/n_patches: row {row} counts {counts[row]} patches "
+                f"{self.where}: layers/{layer}/n_patches: row {row} counts {counts[row]} patches "
                 f"of {most}; {ADVICE}"
             )
         return counts
@@ -142,14 +158,17 @@ class Bank:
 
     def constants(self, layer: int) -> ChannelConstants:
         """Channel shift and scale of a quantised layer; checked against the card."""
-        return load_constants(self.path, self.card, self.resolve_layer(layer))
+        layer = self.resolve_layer(layer)
+        with self._as_opened():
+            files = self.files(constant_files(layer, self.schema.stored_dtype))
+            return load_constants(files, self.card, layer, where=self.where)
 
     def _small_array(self, layer: int, name: str) -> SmallArray:
         layer = self.resolve_layer(layer)
         for array in self.schema.small_arrays():
             if (array.layer, array.name) == (layer, name):
                 return array
-        raise BankError(f"{self.path}: layer {layer} has no {name}")
+        raise BankError(f"{self.where}: layer {layer} has no {name}")
 
     def small(self, array: SmallArray, rows: range | None = None) -> Shaped[np.ndarray, "row ..."]:
         """Values of an unsharded array for `rows`, all where None.
@@ -163,9 +182,9 @@ class Bank:
             first = chunk * per_chunk
             part = range(max(rows.start, first), min(rows.stop, first + per_chunk))
             inside = range(part.start - first, part.stop - first)
-            path = self.path / chunk_path(array, chunk)
             place = slice(part.start - rows.start, part.stop - rows.start)
             with self._as_opened():
+                [path] = self.files([chunk_path(array, chunk)])
                 out[place] = _read_rows(path, array.dtype, array.row_shape, inside, per_chunk)
         return out
 
@@ -189,14 +208,22 @@ class Bank:
         """
         if self.schema.is_archive:
             raise BankError(
-                f"{self.path} is an archive: its tokens are compressed; make a bank of it with "
-                f"`patchbank bank convert {self.path} --out ...`"
+                f"{self.where} is an archive: its tokens are compressed; make a bank of it with "
+                f"`patchbank bank convert {self.where} --out ...`"
             )
         return self.stored_places(layer, kind)
 
     def stored_places(self, layer: int, kind: str = "patches") -> RowPlaces:
         """`places`, of an archive too: where its compressed rows lie."""
         return read_places(self.path, self.schema, self.array(layer, kind))
+
+    def row_reader(self, places: RowPlaces, *, direct: bool, most_open: int) -> RowReader:
+        """What reads whole rows into memory, with O_DIRECT or through the page cache."""
+        return RowFiles(places, direct=direct, most_open=most_open)
+
+    def stored_rows(self, places: RowPlaces, rows: Sequence[int]) -> list[bytes]:
+        """The bytes of some rows as they are stored, unchecked."""
+        return [read_span(places.files[places.shard_of(row)], *places.span(row)) for row in rows]
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process reads the clip table for itself.
@@ -235,8 +262,16 @@ def _read_rows(
 def open_bank(path: Path | str) -> Bank:
     """A sealed bank, after a check of its seal and of every file's size.
 
-    Raises `BankNotFound`, `BankIncomplete` (no seal) or `BankCorrupt`.
+    Of an address, such as s3://team/banks/x.bank, rows come when they are read, and each is
+    compared with its SHA-256. Raises `BankNotFound`, `BankIncomplete` (no seal) or `BankCorrupt`;
+    `StoreError` where the address cannot be read.
     """
+    from patchbank.pipeline.sharing.stores import is_url
+
+    if is_url(path):
+        from patchbank.pipeline.sharing.remote_bank import open_remote
+
+        return open_remote(str(path))
     bank = Path(path)
     while True:
         seal = seal_bytes(bank)

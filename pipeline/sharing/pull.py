@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from patchbank.pipeline.bank.commit import WORK, owning
+from patchbank.pipeline.bank.damage import shown
 from patchbank.pipeline.bank.growth import finish_growth, next_folder
 from patchbank.pipeline.bank.reader import Bank, open_bank
 from patchbank.pipeline.bank.seal_record import SEAL, Seal, parse_seal
@@ -36,6 +37,7 @@ from patchbank.pipeline.errors import (
 from patchbank.pipeline.sharing.remote_seal import (
     CARD,
     MOST_NOTE_BYTES,
+    MOST_SEAL_BYTES,
     RemoteSeal,
     ask_pusher,
     holds_all_of,
@@ -85,6 +87,7 @@ def plan_pull(store: Store, out: Path, there: RemoteSeal | None = None) -> PullP
     `BankError` where something else does.
     """
     there = there or read_remote_seal(store)
+    _refuse_links(out)
     wanted = list(there.seal.files.values())
     if (out / SEAL).is_file() or (next_folder(out) / SEAL).is_file():
         finish_growth(out)
@@ -136,7 +139,10 @@ def _plan_onto(store: Store, here: Bank, there: RemoteSeal) -> PullPlan:
 def _began(folder: Path) -> Seal | None:
     """The seal of the pull that was begun in a folder."""
     path = folder / PULLING
-    return parse_seal(path.read_bytes(), where=str(path)) if path.is_file() else None
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return parse_seal(file.read(MOST_SEAL_BYTES + 1), where=str(path))
 
 
 def _has_size(path: Path, size: int) -> bool:
@@ -216,6 +222,7 @@ def _fetch_all(
     # Large files first: at the end all threads have something to do.
     ordered = sorted((f for f in plan.fetch if f.path != CARD), key=lambda file: -file.size)
     try:
+        _check_sizes(store, ordered)
         in_parallel([partial(fetch_file, store, f, folder, drafts, traffic) for f in ordered])
     except (NotInStore, BankCorrupt) as error:
         if seal_content(store) != plan.there.content:
@@ -225,6 +232,17 @@ def _fetch_all(
         raise
     shutil.rmtree(drafts, ignore_errors=True)
     _seal(out, folder, plan)
+
+
+def _check_sizes(store: Store, files: Sequence[FileRecord]) -> None:
+    """Raises `BankCorrupt`, before anything travels, where a store lists a file of another size."""
+    if not store.can_list:
+        return
+    sizes = with_retries(store.sizes)
+    for file in files:
+        if (found := sizes.get(file.path)) != file.size:
+            what = "is missing" if found is None else f"has {found} bytes, sealed {file.size}"
+            raise BankCorrupt(f"{store.url}: {file.path} {what}; {ask_pusher(store)}")
 
 
 def _begin(folder: Path, there: RemoteSeal) -> None:
@@ -340,6 +358,21 @@ def inside(folder: Path, name: str) -> Path:
         if path.is_symlink():
             raise BankError(f"{path} is a link, which a bank does not have; remove it")
     return path
+
+
+def _refuse_links(out: Path) -> None:
+    """Raises `BankError` for a link anywhere below the destination: what comes would follow it."""
+    left = [out]
+    while left:
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(left.pop()) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    raise BankError(
+                        f"{out}: {shown(os.path.relpath(entry.path, out))} is a link, which a bank "
+                        "does not have; remove it, or choose another place for the pull"
+                    )
+                if entry.is_dir(follow_symlinks=False):
+                    left.append(Path(entry.path))
 
 
 def fetch_notes(store: Store, out: Path, say: Callable[[str], None]) -> None:

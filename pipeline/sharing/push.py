@@ -255,7 +255,9 @@ def _send(bank: Bank, store: Store, plan: PushPlan, traffic: Traffic, record: Pu
 
 def _notes(bank: Path) -> dict[str, bytes]:
     """The notes of a bank that travel with it: measurements, the signature; nothing large."""
-    found = {}
+    found: dict[str, bytes] = {}
+    if (bank / NOTES).is_symlink():
+        return found  # a stranger's bank must not send what lies elsewhere on this disk
     for path in sorted((bank / NOTES).glob("*")):
         travels = path.suffix == ".json" or path.name == "seal.json.sig"
         is_small = (

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from patchbank.pipeline.bank.card import parse_attributes
+from patchbank.pipeline.bank.card import LARGEST_CARD_BYTES, parse_attributes
 from patchbank.pipeline.bank.reader import sealed_schema
 from patchbank.pipeline.bank.schema import BankSchema
-from patchbank.pipeline.bank.seal_record import SEAL, Seal, parse_seal
+from patchbank.pipeline.bank.seal_record import LARGEST_SEAL_BYTES, SEAL, Seal, parse_seal
 from patchbank.pipeline.bank.writer import FileRecord
 from patchbank.pipeline.errors import BankCorrupt, BankIncomplete, BankNotFound
 from patchbank.pipeline.sharing.store import Store
@@ -16,9 +16,8 @@ from patchbank.pipeline.sharing.transfer import with_retries
 from patchbank.pipeline.specs import Json
 
 CARD = "zarr.json"
-MOST_SEAL_BYTES = 64 * 2**20
-"""A seal of 20,000 files, the most that a bank has, takes 4 MB."""
-MOST_CARD_BYTES = 64 * 2**20
+MOST_SEAL_BYTES = LARGEST_SEAL_BYTES
+MOST_CARD_BYTES = LARGEST_CARD_BYTES
 SIGNATURES = "notes/seal.json.sig"
 MOST_NOTE_BYTES = 2**20
 
