@@ -21,7 +21,7 @@ from patchbank.pipeline.sharing.remote_seal import (
 from patchbank.pipeline.sharing.settings import ShareSettings, load_settings
 from patchbank.pipeline.sharing.store import Store
 from patchbank.pipeline.sharing.stores import open_store
-from patchbank.pipeline.sharing.trust import check_trust
+from patchbank.pipeline.sharing.trust import check_trust, read_signatures
 from patchbank.pipeline.specs import Json
 
 CHECKSUM_BYTES = 4
