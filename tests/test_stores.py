@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from servers import Server, SshServer
 
 from patchbank.pipeline.bank.writer import FileRecord
 from patchbank.pipeline.errors import NotInStore, StoreError
