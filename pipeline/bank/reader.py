@@ -129,10 +129,19 @@ class Bank:
     def array(self, layer: int, kind: str = "patches") -> TokenArray:
         """The sharded array of a layer; `BankError` where there is none of that kind."""
         layer = self.resolve_layer(layer)
+        self.require_tokens()
         for array in self.schema.arrays():
             if (array.layer, array.kind) == (layer, kind):
                 return array
         raise BankError(f"{self.where}: layer {layer} has no {kind} tokens")
+
+    def require_tokens(self) -> None:
+        """Raises `BankError` where the bank holds pooled vectors only."""
+        if not self.schema.holds_tokens:
+            raise BankError(
+                f"{self.where} holds pooled vectors only (mean, max, min), no tokens; "
+                "`patchbank bank pull` the bank that it was made from without --pooled-only"
+            )
 
     def n_patches(self, layer: int) -> Int32[np.ndarray, " row"]:
         """Patches that count in each row: 0 in a failed one, -1 in a hole."""
@@ -158,6 +167,7 @@ class Bank:
 
     def constants(self, layer: int) -> ChannelConstants:
         """Channel shift and scale of a quantised layer; checked against the card."""
+        self.require_tokens()
         layer = self.resolve_layer(layer)
         with self._as_opened():
             files = self.files(constant_files(layer, self.schema.stored_dtype))
