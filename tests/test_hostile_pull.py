@@ -32,6 +32,7 @@ from patchbank.pipeline.bank import open_bank
 from patchbank.pipeline.bank.verify import verify_bank
 from patchbank.pipeline.errors import BankCorrupt, BankError, BankMismatch, PatchbankError
 from patchbank.pipeline.sharing.folder_store import FolderStore
+from patchbank.pipeline.sharing.partial import pull_part
 from patchbank.pipeline.sharing.pull import PULLING, pull_bank
 from patchbank.pipeline.sharing.push import push_bank
 from patchbank.pipeline.sharing.stores import open_store, safe_url, split_place
@@ -246,6 +247,22 @@ def test_a_link_in_the_store_is_not_followed(name: str, copy: Path, tmp_path: Pa
     said = refusal(FolderStore(copy), tmp_path / "here.bank")
     assert name in said
     assert "is a link" in said or "is missing" in said
+
+
+def test_a_part_of_a_folder_follows_no_link_either(copy: Path, tmp_path: Path) -> None:
+    name = "layers/1/patches/c.0.0.0"
+    (tmp_path / "aside").mkdir()
+    shutil.move(copy / name, tmp_path / "aside/target")
+    (copy / name).symlink_to(tmp_path / "aside/target")
+    with pytest.raises(BankError, match=f"{name} is a link, which a bank does not have"):
+        pull_part(str(copy), tmp_path / "here.bank", layers="1")
+    (tmp_path / "aside/target").replace(copy / name)
+    place = f".here.bank.pull-{open_bank(copy).root_sha256[:16]}"
+    (tmp_path / place).symlink_to(tmp_path / "outside")
+    with pytest.raises(BankError, match=f"{place} is a link"):
+        pull_part(f"file://{copy}", tmp_path / "here.bank", layers="1")
+    (tmp_path / place).unlink()
+    assert pull_part(f"file://{copy}", tmp_path / "here.bank", layers="1").layers == (1,)
 
 
 def test_a_link_to_a_file_of_the_system_brings_nothing(copy: Path, tmp_path: Path) -> None:
