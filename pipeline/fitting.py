@@ -170,6 +170,11 @@ def _fit_to_sealed(extraction: Extraction, bank: Bank) -> Extraction:
         job = replace(extraction.job, schema=schema)
         done = plan_extraction(bank.path, job.recipe, schema, first_shard=schema.n_shards)
         return replace(extraction, plan=done, clips=known, job=job)
+    if not schema.holds_tokens:
+        raise BankError(
+            f"{bank.path} holds pooled vectors only, and does not grow; let the bank that it was "
+            "made from grow, and make it again: patchbank bank convert --pooled-only"
+        )
     if schema.is_archive:
         raise BankError(
             f"{bank.path} is an archive, which does not grow; make a bank of it first: patchbank "

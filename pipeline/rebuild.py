@@ -30,18 +30,19 @@ from patchbank.pipeline.bank.identity import rows_digest
 from patchbank.pipeline.bank.join import check_joinable, copy_golden, environments_of
 from patchbank.pipeline.bank.parts import RowFacts, part_table
 from patchbank.pipeline.bank.reader import Bank, open_bank
-from patchbank.pipeline.bank.rows import RowBytes, TokenFloats
 from patchbank.pipeline.bank.schema import HOLE, SmallArray, Storage, TokenArray
 from patchbank.pipeline.bank.seal import seal_bank
 from patchbank.pipeline.bank.view_columns import MIX_GAINS, has_gains
-from patchbank.pipeline.bank.writer import ShardFileWriter, writer_threads
+from patchbank.pipeline.bank.writer import RowDigest, ShardFileWriter, writer_threads
+from patchbank.pipeline.errors import BankError
 from patchbank.pipeline.plan import bank_bytes, check_space
-from patchbank.pipeline.rebuild_plan import RebuildPlan, Rows, plan_rebuild
+from patchbank.pipeline.rebuild_plan import Readers, RebuildPlan, Rows, plan_rebuild, read_together
 from patchbank.pipeline.shard_rows import small_values_of, write_part
 from patchbank.pipeline.specs import Json, StoredDType
 from patchbank.pipeline.tokens import StoredTokens, store_tokens
 
 BATCH_ROWS = 16
+SHARDS_AT_ONCE = 8
 
 
 def rebuild_bank(
@@ -52,17 +53,27 @@ def rebuild_bank(
     layers: Sequence[int] | None = None,
     rows: Sequence[Rows] | None = None,
     storage: Storage = "aligned",
+    splits: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Bank:
     """The clips of `banks`, or `rows` of each, in a new bank of one generation.
 
     `dtype` and `layers` are those of the first bank where None. `storage="blosc"` makes an archive,
-    "aligned" a bank to train from, of either. The same call finishes what an
+    "aligned" a bank to train from, of either; "pooled" leaves the tokens out. `splits` are those
+    that `rows` were chosen by, for the card. The same call finishes what an
     earlier one began. Raises `BankMismatch` where the recipes differ or another bank lies at `out`,
     `BankCorrupt` where a row does not match its checksum.
     """
     check_joinable(banks)
-    plan = plan_rebuild(banks, out, dtype=dtype, layers=layers, rows=rows, storage=storage)
+    if storage != "pooled":
+        banks[0].require_tokens()
+    elif dtype not in (None, banks[0].schema.stored_dtype):
+        raise BankError(
+            f"pooled vectors are floats, whatever tokens are stored as: leave {dtype} out"
+        )
+    plan = plan_rebuild(
+        banks, out, dtype=dtype, layers=layers, rows=rows, storage=storage, splits=splits
+    )
     first = banks[0]
     constants = {layer: value.arrays() for layer, value in plan.constants.items()}
     if not (out / "zarr.json").is_file():
@@ -71,7 +82,7 @@ def rebuild_bank(
         copy_golden(first, out, plan.schema)
         n_done, shards = 0, range(plan.schema.n_shards)
         _ = plan.sources if plan.is_copy else plan.floats
-        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="rebuild")
+        pool = ThreadPoolExecutor(_n_shards_at_once(banks), thread_name_prefix="rebuild")
         # Others than the pool's, whose shards wait for their rows.
         with writer_threads() as threads:
             try:
@@ -85,6 +96,13 @@ def rebuild_bank(
                 pool.shutdown(cancel_futures=True)
     seal_bank(out, plan.schema, recipe_id=plan.attributes["recipe_id"])
     return open_bank(out)
+
+
+def _n_shards_at_once(banks: Sequence[Bank]) -> int:
+    """As many as there are cores; more where most of the time they wait for rows from afar."""
+    if any(bank.is_remote for bank in banks):
+        return SHARDS_AT_ONCE
+    return min(SHARDS_AT_ONCE, os.cpu_count() or 1)
 
 
 def _rebuild_shard(plan: RebuildPlan, shard: int, threads: ThreadPoolExecutor) -> None:
@@ -105,7 +123,11 @@ def _rebuild_shard(plan: RebuildPlan, shard: int, threads: ThreadPoolExecutor) -
                 write = _copied if plan.is_copy else _converted
                 facts.extend(write(plan, batch, writers))
             files = {suffix: writer.finish() for suffix, writer in writers.items()}
-        digests = {suffix: file.digests for suffix, file in files.items()}
+        digests = (
+            {suffix: file.digests for suffix, file in files.items()}
+            if plan.schema.holds_tokens
+            else _old_digests(plan, place)
+        )
         part = write_part(attempt, shard, part_table(clips, facts, digests, plan.schema))
         n_failed = sum(fact.failure is not None for fact in facts)
         record: Json = {
@@ -116,6 +138,22 @@ def _rebuild_shard(plan: RebuildPlan, shard: int, threads: ThreadPoolExecutor) -
         if others := _other_environments(plan, place):
             record["extraction"] = others
         commit(plan.out, attempt, name, [*(f.record for f in files.values()), part], record)
+
+
+def _old_digests(plan: RebuildPlan, clips: range) -> dict[str, list[RowDigest]]:
+    """The digests of tokens that are left out, by `TokenArray.column_suffix`."""
+    digests: dict[str, list[RowDigest]] = {}
+    for suffix in (array.column_suffix for array in plan.schema.described_arrays()):
+        columns = [
+            [bank.clips[f"{kind}_{suffix}"] for kind in ("sha256", "crc32c")] for bank in plan.banks
+        ]
+        digests[suffix] = [
+            RowDigest(
+                *(column[int(plan.row[clip])].as_py() for column in columns[plan.owner[clip]])
+            )
+            for clip in clips
+        ]
+    return digests
 
 
 def _open_writer(
@@ -180,19 +218,11 @@ def _copied(
 
 
 def _tokens(
-    plan: RebuildPlan,
-    readers: Mapping[tuple[int, str], RowBytes] | Mapping[tuple[int, str], TokenFloats],
-    suffix: str,
-    clips: range,
+    plan: RebuildPlan, readers: Readers, suffix: str, clips: range
 ) -> list[Shaped[np.ndarray, "token dim"]]:
-    """The tokens of some clips; those of one bank are read together."""
-    owners, rows = (plan.owner[clips.start : clips.stop], plan.row[clips.start : clips.stop])
-    found: dict[int, Shaped[np.ndarray, "token dim"]] = {}
-    for owner in np.unique(owners).tolist():
-        places = np.flatnonzero(owners == owner)
-        read = readers[owner, suffix].read_all(rows[places].tolist())
-        found |= dict(zip(places.tolist(), read, strict=True))
-    return [found[place] for place in range(len(clips))]
+    some = slice(clips.start, clips.stop)
+    chosen = {number: reader for (number, name), reader in readers.items() if name == suffix}
+    return read_together(chosen, plan.owner[some], plan.row[some])
 
 
 def _facts(

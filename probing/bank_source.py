@@ -144,6 +144,8 @@ class BankSource:
         unknown = [name for name in arrays if name not in ARRAYS]
         if unknown or not arrays:
             raise BankError(f"found arrays={list(arrays)}, expected some of {list(ARRAYS)}")
+        if {"patches", "prefix"} & set(arrays):
+            bank.require_tokens()
         if tier not in TIERS:
             raise BankError(f"found tier={tier!r}, expected one of {list(TIERS)}")
         if bank.is_remote and tier in ("map", "direct"):
@@ -161,7 +163,7 @@ class BankSource:
 
     def _counts_all(self, bank: Bank, layer: int) -> bool:
         counted = bank.n_patches(layer)[self._done]
-        return bool((counted == bank.array(layer).n_tokens).all())
+        return bool((counted == bank.schema.grids[layer].n_patches).all())
 
     def _choose(
         self, places: list[RowPlaces], rows: Rows, tier: Tier, *, reads_once: bool
@@ -276,10 +278,10 @@ class BankSource:
 
 
 def _shape_of(bank: Bank, layer: int, arrays: Sequence[str]) -> LayerShape:
-    patches, grid = bank.array(layer), bank.schema.grids[layer]
-    prefix = [a for a in bank.schema.arrays() if (a.layer, a.kind) == (layer, "prefix")]
-    n_prefix = sum(array.n_tokens for array in prefix) if "prefix" in arrays else 0
-    return LayerShape(patches.n_tokens, patches.dim, n_prefix, (grid.time, grid.freq))
+    grid = bank.schema.grids[layer]
+    [spec] = [spec for spec in bank.schema.layers if spec.layer == layer]
+    n_prefix = spec.n_prefix if "prefix" in arrays else 0
+    return LayerShape(grid.n_patches, spec.dim, n_prefix, (grid.time, grid.freq))
 
 
 def _layer_tokens(values: Mapping[str, Tensor], dequantise: Dequantiser | None) -> LayerTokens:

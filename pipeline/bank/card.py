@@ -78,6 +78,18 @@ def _check_origin(card: Json) -> None:
     for parent in card.get("derived_from", []):
         as_digest(parent["fingerprint"])
         _text(parent["stored_dtype"], "derived_from.stored_dtype")
+        _count(parent.get("n_clips", 1), "derived_from.n_clips")
+        for layer in _listed(parent, "layers"):
+            _count(layer, "derived_from.layers")
+        for split in _listed(parent, "splits"):
+            _text(split, "derived_from.splits")
+
+
+def _listed(parent: Json, name: str) -> list[Any]:
+    found = parent.get(name, [])
+    if not isinstance(found, list) or len(found) > MOST_LAYERS:
+        raise ValueError(f"derived_from.{name} is {brief(found)}, expected a list")
+    return found
 
 
 def schema_of_card(card: Json) -> BankSchema:

@@ -129,10 +129,19 @@ class Bank:
     def array(self, layer: int, kind: str = "patches") -> TokenArray:
         """The sharded array of a layer; `BankError` where there is none of that kind."""
         layer = self.resolve_layer(layer)
+        self.require_tokens()
         for array in self.schema.arrays():
             if (array.layer, array.kind) == (layer, kind):
                 return array
         raise BankError(f"{self.where}: layer {layer} has no {kind} tokens")
+
+    def require_tokens(self) -> None:
+        """Raises `BankError` where the bank holds pooled vectors only."""
+        if not self.schema.holds_tokens:
+            raise BankError(
+                f"{self.where} holds pooled vectors only (mean, max, min), no tokens; "
+                "`patchbank bank pull` the bank that it was made from without --pooled-only"
+            )
 
     def n_patches(self, layer: int) -> Int32[np.ndarray, " row"]:
         """Patches that count in each row: 0 in a failed one, -1 in a hole."""
@@ -158,6 +167,7 @@ class Bank:
 
     def constants(self, layer: int) -> ChannelConstants:
         """Channel shift and scale of a quantised layer; checked against the card."""
+        self.require_tokens()
         layer = self.resolve_layer(layer)
         with self._as_opened():
             files = self.files(constant_files(layer, self.schema.stored_dtype))
@@ -263,8 +273,8 @@ def open_bank(path: Path | str) -> Bank:
     """A sealed bank, after a check of its seal and of every file's size.
 
     Of an address, such as s3://team/banks/x.bank, rows come when they are read, and each is
-    compared with its SHA-256. Raises `BankNotFound`, `BankIncomplete` (no seal) or `BankCorrupt`;
-    `StoreError` where the address cannot be read.
+    compared with its SHA-256. Raises `BankNotFound`, `BankIncomplete` (no seal), `BankCorrupt`, or
+    `BankError` where the settings want a signature; `StoreError` where the address cannot be read.
     """
     from patchbank.pipeline.sharing.stores import is_url
 
@@ -287,7 +297,19 @@ def open_bank(path: Path | str) -> Bank:
         if problem is not None:
             raise problem
         assert opened is not None
+        assert seal is not None
+        _check_signed(bank, seal)
         return opened
+
+
+def _check_signed(bank: Path, seal: bytes) -> None:
+    """Raises `BankError` where this user opens signed banks only, and this one is not."""
+    from patchbank.pipeline.sharing.settings import load_settings
+
+    if load_settings().require_signature == "open":
+        from patchbank.pipeline.sharing.trust import check_opened
+
+        check_opened(bank, seal)
 
 
 def _checked_bank(bank: Path, attributes: Json, seal: Seal) -> Bank:

@@ -23,8 +23,8 @@ class BankRows:
     def __init__(self, bank: Bank, schema: BankSchema | None = None) -> None:
         """`schema` is that of the bank that they go to, where it has fewer layers."""
         self._bank = bank
-        kept = set(digest_columns((schema or bank.schema).arrays()))
-        dropped = set(digest_columns(bank.schema.arrays())) - kept
+        kept = set(digest_columns((schema or bank.schema).described_arrays()))
+        dropped = set(digest_columns(bank.schema.described_arrays())) - kept
         self._columns = [name for name in bank.clips.column_names if name not in dropped]
         self.n_rows = bank.n_rows
 

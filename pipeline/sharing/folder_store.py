@@ -199,8 +199,11 @@ class FolderStore:
 def _open_regular(path: Path) -> BinaryIO:
     """A file to read; `StoreError` for a pipe or a device, which might never end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
         os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(path)
         raise StoreError(f"{path} is no regular file, which a bank does not have; remove it")
     return os.fdopen(descriptor, "rb")
 

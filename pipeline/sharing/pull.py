@@ -187,13 +187,14 @@ def pull_bank(
 def _alone(out: Path, say: Callable[[str], None]) -> Iterator[None]:
     """One pull at a time works in a folder; another waits."""
     (out / WORK).mkdir(parents=True, exist_ok=True)
-    if _is_locked(out / WORK / "seal.lock"):
+    if is_locked(out / WORK / "seal.lock"):
         say(f"another process works on {out}; waiting for it")
     with owning(out):
         yield
 
 
-def _is_locked(path: Path) -> bool:
+def is_locked(path: Path) -> bool:
+    """Whether another process holds the lock of a file."""
     with suppress(OSError):
         descriptor = os.open(path, os.O_RDWR)
         try:

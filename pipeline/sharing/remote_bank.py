@@ -63,10 +63,10 @@ class RemoteBank(Bank):
         try:
             yield
         except BankCorrupt as error:
-            # Readers name the files that they know of.
-            what = str(error).replace(f"{self.path}/", "").replace(str(self.path), self.where)
-            if what.startswith(self.where):
+            if str(error).startswith(self.where):
                 raise
+            # Readers name the files of this disk that they know of.
+            what = str(error).removeprefix(f"{self.path}: ").replace(f"{self.path}/", "")
             raise self.remote.problem(what.partition("; ")[0]) from error
 
     def stored_places(self, layer: int, kind: str = "patches") -> RowPlaces:

@@ -13,7 +13,7 @@ import threading
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,9 +25,16 @@ from patchbank.pipeline.bank.seal_record import Seal, parse_seal
 from patchbank.pipeline.bank.writer import FileRecord, fsync_folder, hash_file
 from patchbank.pipeline.errors import BankCorrupt, BankError, NotInStore, StoreError
 from patchbank.pipeline.sharing.remote_seal import ask_pusher, seal_content
-from patchbank.pipeline.sharing.row_cache import DRAFTS, URL, RowCache, bank_folder, touch
+from patchbank.pipeline.sharing.row_cache import (
+    DRAFTS,
+    PAGE_BYTES,
+    URL,
+    RowCache,
+    bank_folder,
+    touch,
+)
 from patchbank.pipeline.sharing.settings import ShareSettings
-from patchbank.pipeline.sharing.store import Store
+from patchbank.pipeline.sharing.store import Meter, Store
 from patchbank.pipeline.sharing.stores import open_store
 from patchbank.pipeline.sharing.transfer import with_retries
 
@@ -67,6 +74,8 @@ class RemoteFiles:
         self._advice = f"it may be in the middle of a push; else {ask_pusher(open_store(url))}"
         self.folder = bank_folder(settings.cache, seal.root_sha256)
         """Where files are kept."""
+        self.meter: Meter | None = None
+        """Told of what comes, in this process."""
         self._processes: dict[int, _Process] = {}
 
     def _process(self) -> _Process:
@@ -77,6 +86,10 @@ class RemoteFiles:
             # One of two threads wins, without a lock that a fork could find taken.
             found = self._processes.setdefault(os.getpid(), made)
         return found
+
+    @property
+    def store(self) -> Store:
+        return self._process().store
 
     @property
     def cache(self) -> RowCache:
@@ -103,7 +116,7 @@ class RemoteFiles:
     def _read_once(self, name: str, start: int, stop: int) -> bytes:
         store = self._process().store
         try:
-            return b"".join(store.stream(name, start, stop))
+            return b"".join(self._metered(store.stream(name, start, stop)))
         except NotInStore as error:
             raise self.problem(f"{shown(name)} is gone") from error
         except StoreError as error:
@@ -113,6 +126,12 @@ class RemoteFiles:
                     what = f"{shown(name)} has {found} bytes, sealed {sealed}"
                     raise self.problem(what) from error
             raise
+
+    def _metered(self, pieces: Iterable[bytes]) -> Iterator[bytes]:
+        for piece in pieces:
+            if self.meter is not None:
+                self.meter(len(piece))
+            yield piece
 
     def problem(self, what: str) -> BankError:
         """The error for bytes that are not the sealed ones: another bank may lie there by now."""
@@ -173,6 +192,7 @@ class RemoteFiles:
         if process.own_folder is None:
             try:
                 self._note_url()
+                process.cache.has_room(sum(record.size + PAGE_BYTES for record in records))
                 self._fetch_into(process, self.folder, records)
             except OSError as error:
                 process.own_folder = self._own_folder(error)
@@ -251,7 +271,7 @@ class RemoteFiles:
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_processes": {}}
+        return self.__dict__ | {"_processes": {}, "meter": None}
 
 
 def _is_whole(draft: Path, record: FileRecord) -> bool:
