@@ -163,5 +163,9 @@ def print_fact(name: str, value: str) -> None:
     import textwrap
 
     lead = f"{name:<13}"
+    # What a stranger's card says of licence and source must not move the terminal.
+    value = " ".join(value.split())
+    if not value.isprintable():
+        value = value.encode("unicode_escape", "backslashreplace").decode("ascii")
     value = value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]} ..."
     print(textwrap.fill(value, 80, initial_indent=lead, subsequent_indent=" " * 13) or lead)

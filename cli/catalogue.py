@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Facts = dict[str, Any]
 MOST_WITH_DETAILS = 50
 """Of more banks, one line each is printed."""
-WIDEST_NAME = 30
+STATE_WIDTH, LINE = 13, 79
 LONGEST_LICENCE = 24
 
 
@@ -178,34 +178,60 @@ def facts_of(row: Row) -> Facts:
 
 def print_rows(rows: Sequence[Row]) -> None:
     """A listing for a terminal of 80 columns."""
+    from patchbank.pipeline.bank.damage import shown
     from patchbank.pipeline.specs import human_bytes
 
-    width = min(WIDEST_NAME, max((len(row.name) for row in rows), default=0))
+    names = max((len(shown(row.name)) for row in rows), default=0)
+    longest = max((len(summary(row.entry)) for row in rows if row.entry), default=0)
     has_details = len(rows) <= MOST_WITH_DETAILS
     for row in rows:
-        _print_row(row, width, has_details=has_details)
+        if names + 1 + STATE_WIDTH + longest <= LINE:
+            _print_short(row, names, has_details=has_details)
+        else:
+            _print_long(row, min(names, LINE - 1 - longest), has_details=has_details)
     if not has_details:
         n_bytes = sum(row.entry.bytes for row in rows if row.entry)
-        print(f"{len(rows)} banks, {human_bytes(n_bytes)}; --encoder, --data, --layer, --dtype and "
-              "\n--signed-by narrow the list, --json has all that is known")  # fmt: skip
+        print(f"{len(rows)} banks, {human_bytes(n_bytes)}; --encoder, --data, --layer, --dtype and")
+        print("--signed-by narrow the list, --json has all that is known")
 
 
-def _print_row(row: Row, width: int, *, has_details: bool) -> None:
+def _print_short(row: Row, width: int, *, has_details: bool) -> None:
+    """Name, fingerprint and summary on one line, further lines beside the name."""
     from patchbank.cli.listing import print_beside
     from patchbank.pipeline.bank.damage import shown
 
-    lead = f"{shown(row.name):<{width}} "
-    if len(lead) > width + 1:
-        print(lead.rstrip())
-        lead = " " * (width + 1)
-    if row.entry is None:
-        print_beside(lead, _one_line(row.problem or ""))
-        return
-    print_beside(lead, summary(row.entry))
+    lead, beside = f"{shown(row.name):<{width}} ", " " * (width + 1)
+    if row.entry is not None:
+        print_beside(f"{lead}{_state(row.entry):<{STATE_WIDTH - 1}} ", summary(row.entry))
+        lead = beside
     if row.problem is not None:
-        print_beside(" " * (width + 1), f"({_one_line(row.problem)})")
-    if has_details and (text := details(row)):
-        print_beside(" " * (width + 1), text)
+        print_beside(lead, _one_line(row.problem))
+    if row.entry is not None and has_details:
+        print_beside(beside, details(row))
+
+
+def _print_long(row: Row, width: int, *, has_details: bool) -> None:
+    """Where names leave no room for the fingerprint beside them: it begins the second line."""
+    from patchbank.cli.listing import print_beside
+    from patchbank.pipeline.bank.damage import shown
+
+    lead, below = f"{shown(row.name):<{width}} ", []
+    if row.entry is not None and len(lead) == width + 1:
+        print_beside(lead, summary(row.entry))
+    else:
+        print(lead.rstrip())
+        below += [summary(row.entry)] if row.entry else []
+    if row.entry is not None and (has_details or not row.entry.is_sealed):
+        below.append(_state(row.entry))
+    if row.entry is not None and has_details:
+        below.append(details(row))
+    for text in (", ".join(below), _one_line(row.problem or "")):
+        if text:
+            print_beside("    ", text)
+
+
+def _state(entry: Entry) -> str:
+    return entry.fingerprint[:12] if entry.is_sealed else "not sealed"
 
 
 def _one_line(text: str) -> str:
@@ -216,13 +242,12 @@ def _one_line(text: str) -> str:
 
 
 def summary(entry: Entry) -> str:
-    """Fingerprint, and what the tokens are."""
+    """What the tokens are, and how many."""
     from patchbank.pipeline.specs import human_bytes
 
-    state = entry.fingerprint[:12] if entry.is_sealed else "not sealed"
     kind = " archive" * entry.archive + " pooled" * entry.pooled_only
     return (
-        f"{state:<12} {entry.encoder} {readable_layers(entry.layers)} {entry.dtype}{kind}, "
+        f"{entry.encoder} {readable_layers(entry.layers)} {entry.dtype}{kind}, "
         f"{entry.clips} clips, {human_bytes(entry.bytes)}"
     )
 

@@ -33,13 +33,13 @@ def sign(
     from patchbank.pipeline.sharing.stores import open_store
     from patchbank.pipeline.sharing.trust import sign_bank
 
-    signer = checked_name(name or usual_name())
+    signer = checked_name(usual_name() if name is None else name)
+    store = open_store(bank)
     chosen = key or default_key()
     touch = "; touch it when it blinks" if is_hardware(chosen) else ""
     print(f"signing with {chosen}{touch}", file=sys.stderr)
-    store = open_store(bank)
     signed = sign_bank(store, chosen)
-    print(f"{store.url}: seal {signed.root_sha256[:16]} signed with {signed.fingerprint}")
+    print(f"{store.url}: seal {signed.root_sha256[:16]} signed\n  {signed.fingerprint}")
     if signed.n_signers > 1:
         print(f"{signed.n_signers} signatures now")
     if not signed.is_certificate:

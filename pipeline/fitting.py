@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from patchbank.pipeline.added_clips import added_clips
+from patchbank.pipeline.bank.begin import shards_as_begun
 from patchbank.pipeline.bank.card import (
     augment_of_card,
     read_attributes,
@@ -69,7 +70,8 @@ class Extraction:
 
 def fit_to_bank(extraction: Extraction) -> Extraction:
     """What is left to do at a bank that exists, or a refusal where it is another one."""
-    bank, schema = extraction.bank, extraction.schema
+    bank = extraction.bank
+    schema = shards_as_begun(bank, extraction.schema)
     extraction = replace(
         extraction,
         plan=plan_extraction(bank, extraction.job.recipe, schema),

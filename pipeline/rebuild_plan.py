@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64, Shaped
 
-from patchbank.pipeline.bank.begin import derivation
+from patchbank.pipeline.bank.begin import derivation, shards_as_begun
 from patchbank.pipeline.bank.card import attributes_of_card, layers_of_schema
 from patchbank.pipeline.bank.identity import rows_digest
 from patchbank.pipeline.bank.join import card_of_storage, joined_table, quantisation_of_layers
@@ -106,6 +106,7 @@ def plan_rebuild(
         n_clips=len(clips),
         storage=storage,
     )
+    schema = shards_as_begun(out, schema)
     owner = np.concatenate([np.full(len(some), n) for n, some in enumerate(chosen)])
     constants = _constants(banks, schema, owner, np.concatenate(chosen))
     return RebuildPlan(

@@ -11,6 +11,18 @@ from typing import TYPE_CHECKING
 import pytest
 from audio_sets import write_clip_set
 from fake_packages import Install
+from servers import (  # noqa: F401
+    home,
+    http_folder,
+    make_bucket,
+    nginx,
+    s3_bucket,
+    s3_keys,
+    s3_server,
+    sftp_folder,
+    ssh_home,
+    ssh_server,
+)
 
 # patchbank itself is imported in the fixtures: shapes are only checked in modules that are loaded
 # after the configuration, which comes after this file.

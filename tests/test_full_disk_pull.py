@@ -36,7 +36,7 @@ def test_a_disk_that_fills_up_during_a_pull_leaves_what_has_come(
     out = disk.place / "x.bank"
     whole = sealed.seal.bank_bytes
     disk.resize(f"{whole * 6 // 10 // 1024}k")
-    with pytest.raises(BankError, match="No space left .*run the same command again"):
+    with pytest.raises(BankError, match=r"No space left .*run the same command again"):
         pull_bank(FolderStore(sealed.path), out)
     assert not (out / "seal.json").exists()
     here = {path: path.stat().st_ino for path in out.glob("layers/*/*/c.*")}
@@ -52,7 +52,7 @@ def test_a_push_onto_a_full_disk_says_so_and_goes_on_later(
 ) -> None:
     there = FolderStore(disk.place / "x.bank")
     disk.resize(f"{sealed.seal.bank_bytes * 6 // 10 // 1024}k")
-    with pytest.raises(StoreError, match="cannot be written: No space left .*free some space"):
+    with pytest.raises(StoreError, match=r"cannot be written: No space left .*free some space"):
         push_bank(sealed.path, there)
     assert not (there.folder / "seal.json").exists()
     disk.resize("64m")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,17 @@ def begin_bank(
         return False
     recover(out)
     return True
+
+
+def shards_as_begun(folder: Path, schema: BankSchema) -> BankSchema:
+    """`schema` with as many rows in a shard as a bank that lies at `folder` was begun with.
+
+    That number is chosen when a bank is made; an older patchbank may have chosen another.
+    """
+    if not (folder / "zarr.json").is_file():
+        return schema
+    found = read_attributes(folder)["card"].get("rows_per_shard")
+    return replace(schema, rows_per_shard=found) if type(found) is int and found > 0 else schema
 
 
 def derivation(bank: Bank, *, splits: Sequence[str] = ()) -> Json:

@@ -139,7 +139,7 @@ def check_joinable(banks: Sequence[Bank]) -> None:
                     f"clip {key[0]}, view {key[1]}, is in {owner} and in {bank.where}; take it out "
                     "of one: patchbank bank convert --clips"
                 )
-    if len({bank.path.resolve() for bank in banks}) < len(banks):
+    if len({Path(bank.where).resolve() for bank in banks}) < len(banks):
         twice = Counter(bank.where for bank in banks).most_common(1)[0][0]
         raise BankError(f"{twice} is named twice; name each bank once")
 

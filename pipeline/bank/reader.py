@@ -187,14 +187,16 @@ class Bank:
         """
         rows = range(self.n_rows) if rows is None else rows
         per_chunk = array.chunk_rows(self.n_rows)
+        chunks = range(rows.start // per_chunk, -(-rows.stop // per_chunk))
+        with self._as_opened():
+            paths = self.files([chunk_path(array, chunk) for chunk in chunks])
         out = np.empty((len(rows), *array.row_shape), array.dtype)
-        for chunk in range(rows.start // per_chunk, -(-rows.stop // per_chunk)):
+        for chunk, path in zip(chunks, paths, strict=True):
             first = chunk * per_chunk
             part = range(max(rows.start, first), min(rows.stop, first + per_chunk))
             inside = range(part.start - first, part.stop - first)
             place = slice(part.start - rows.start, part.stop - rows.start)
             with self._as_opened():
-                [path] = self.files([chunk_path(array, chunk)])
                 out[place] = _read_rows(path, array.dtype, array.row_shape, inside, per_chunk)
         return out
 
@@ -273,8 +275,8 @@ def open_bank(path: Path | str) -> Bank:
     """A sealed bank, after a check of its seal and of every file's size.
 
     Of an address, such as s3://team/banks/x.bank, rows come when they are read, and each is
-    compared with its SHA-256. Raises `BankNotFound`, `BankIncomplete` (no seal) or `BankCorrupt`;
-    `StoreError` where the address cannot be read.
+    compared with its SHA-256. Raises `BankNotFound`, `BankIncomplete` (no seal), `BankCorrupt`, or
+    `BankError` where the settings want a signature; `StoreError` where the address cannot be read.
     """
     from patchbank.pipeline.sharing.stores import is_url
 
@@ -297,7 +299,19 @@ def open_bank(path: Path | str) -> Bank:
         if problem is not None:
             raise problem
         assert opened is not None
+        assert seal is not None
+        _check_signed(bank, seal)
         return opened
+
+
+def _check_signed(bank: Path, seal: bytes) -> None:
+    """Raises `BankError` where this user opens signed banks only, and this one is not."""
+    from patchbank.pipeline.sharing.settings import load_settings
+
+    if load_settings().require_signature == "open":
+        from patchbank.pipeline.sharing.trust import check_opened
+
+        check_opened(bank, seal)
 
 
 def _checked_bank(bank: Path, attributes: Json, seal: Seal) -> Bank:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from patchbank.pipeline.bank.commit import WORK, owning
-from patchbank.pipeline.bank.damage import shown
 from patchbank.pipeline.bank.growth import finish_growth, next_folder
 from patchbank.pipeline.bank.reader import Bank, open_bank
 from patchbank.pipeline.bank.seal_record import SEAL, Seal, parse_seal
@@ -34,6 +33,7 @@ from patchbank.pipeline.errors import (
     NotInStore,
     StoreError,
 )
+from patchbank.pipeline.sharing.links import inside, refuse_links
 from patchbank.pipeline.sharing.remote_seal import (
     CARD,
     MOST_NOTE_BYTES,
@@ -87,7 +87,7 @@ def plan_pull(store: Store, out: Path, there: RemoteSeal | None = None) -> PullP
     `BankError` where something else does.
     """
     there = there or read_remote_seal(store)
-    _refuse_links(out)
+    refuse_links(out)
     wanted = list(there.seal.files.values())
     if (out / SEAL).is_file() or (next_folder(out) / SEAL).is_file():
         finish_growth(out)
@@ -349,31 +349,6 @@ def _receive(store: Store, file: FileRecord, content: BinaryIO, meter: Meter) ->
                 raise
             pause(attempt)
     return hasher.hexdigest()
-
-
-def inside(folder: Path, name: str) -> Path:
-    """Where a file of a bank lies below a folder; `BankError` where a link stands in the way."""
-    path = folder
-    for part in name.split("/"):
-        path = path / part
-        if path.is_symlink():
-            raise BankError(f"{path} is a link, which a bank does not have; remove it")
-    return path
-
-
-def _refuse_links(out: Path) -> None:
-    """Raises `BankError` for a link anywhere below the destination: what comes would follow it."""
-    left = [out]
-    while left:
-        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(left.pop()) as entries:
-            for entry in entries:
-                if entry.is_symlink():
-                    raise BankError(
-                        f"{out}: {shown(os.path.relpath(entry.path, out))} is a link, which a bank "
-                        "does not have; remove it, or choose another place for the pull"
-                    )
-                if entry.is_dir(follow_symlinks=False):
-                    left.append(Path(entry.path))
 
 
 def fetch_notes(store: Store, out: Path, say: Callable[[str], None]) -> None:

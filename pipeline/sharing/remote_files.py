@@ -25,7 +25,14 @@ from patchbank.pipeline.bank.seal_record import Seal, parse_seal
 from patchbank.pipeline.bank.writer import FileRecord, fsync_folder, hash_file
 from patchbank.pipeline.errors import BankCorrupt, BankError, NotInStore, StoreError
 from patchbank.pipeline.sharing.remote_seal import ask_pusher, seal_content
-from patchbank.pipeline.sharing.row_cache import DRAFTS, URL, RowCache, bank_folder, touch
+from patchbank.pipeline.sharing.row_cache import (
+    DRAFTS,
+    PAGE_BYTES,
+    URL,
+    RowCache,
+    bank_folder,
+    touch,
+)
 from patchbank.pipeline.sharing.settings import ShareSettings
 from patchbank.pipeline.sharing.store import Meter, Store
 from patchbank.pipeline.sharing.stores import open_store
@@ -35,6 +42,8 @@ REQUESTS_AT_ONCE = 32
 """A bucket answers after 20 to 50 ms, however little it is asked for."""
 PIECE_BYTES = 8 * 2**20
 """What one request asks for of a file that is fetched whole."""
+MOST_ASKED = 64
+"""Files whose sizes are asked for where a store cannot list them."""
 LEAST_LIMIT_BYTES = 2**30
 """Small files up to this are fetched whatever the limit of the cache is."""
 Item = TypeVar("Item")
@@ -185,6 +194,7 @@ class RemoteFiles:
         if process.own_folder is None:
             try:
                 self._note_url()
+                process.cache.has_room(sum(record.size + PAGE_BYTES for record in records))
                 self._fetch_into(process, self.folder, records)
             except OSError as error:
                 process.own_folder = self._own_folder(error)
@@ -251,16 +261,20 @@ class RemoteFiles:
             file.write(data)
 
     def check_sizes(self) -> None:
-        """Compares all sizes with what the store lists, where it can; `BankCorrupt`."""
-        store = self._process().store
-        listed = with_retries(store.sizes) if store.can_list else None
-        for name, record in self.seal.files.items():
-            found = record.size if listed is None else listed.get(name)
+        """Compares sizes with what the store tells: all where it can list, else those of the
+        largest files, so that no memory is taken on a seal's word. Raises `BankCorrupt`."""
+        store, records = self._process().store, list(self.seal.files.values())
+        if store.can_list:
+            sizes = with_retries(store.sizes)
+            told = [sizes.get(record.path) for record in records]
+        else:
+            records = sorted(records, key=lambda record: record.size)[-MOST_ASKED:]
+            told = self.each(lambda record: with_retries(lambda: store.size(record.path)), records)
+        for record, found in zip(records, told, strict=True):
             if found != record.size:
-                what = "is missing" if found is None else f"has {found} bytes"
-                raise BankCorrupt(
-                    f"{self.where}: {shown(name)} {what}, sealed {record.size}; {self._advice}"
-                )
+                told_of = "is missing" if found is None else f"has {found} bytes"
+                what = f"{shown(record.path)} {told_of}, sealed {record.size}"
+                raise BankCorrupt(f"{self.where}: {what}; {self._advice}")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_processes": {}, "meter": None}

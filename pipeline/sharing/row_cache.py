@@ -27,6 +27,7 @@ from patchbank.pipeline.bank.seal_record import as_digest
 BANKS = "banks"
 PINNED = "pinned"
 """A file of a bank's folder: nothing of the bank makes room for others."""
+PAGE_BYTES = 4_096
 URL = "url"
 """Another: where the bank lies, without credentials."""
 DRAFTS = ".drafts"
@@ -185,7 +186,8 @@ class RowCache:
 
     def keep(self, path: Path, offset: int, data: bytes | memoryview) -> None:
         """Writes what was proven to belong there."""
-        if self._is_closed or not self._has_room(len(data)):
+        pages = range(offset // PAGE_BYTES, -(-(offset + len(data)) // PAGE_BYTES))
+        if self._is_closed or not self.has_room(len(pages) * PAGE_BYTES):
             return
         try:
             try:
@@ -203,7 +205,8 @@ class RowCache:
         except OSError as error:
             self._close(error)
 
-    def _has_room(self, n_bytes: int) -> bool:
+    def has_room(self, n_bytes: int) -> bool:
+        """Makes room for `n_bytes` that will be written, if that is possible, and says whether."""
         with self._lock:
             if self._room < n_bytes and not self._is_closed:
                 try:

@@ -63,7 +63,7 @@ def key_of(block: str) -> bytes:
 
     Source: PROTOCOL.sshsig of OpenSSH.
     """
-    armoured = block.removeprefix(BEGIN).removesuffix(END)
+    armoured = block.strip().removeprefix(BEGIN).removesuffix(END)
     content = base64.b64decode("".join(armoured.split()), validate=True)
     start = len(MAGIC) + 4
     stop = start + int.from_bytes(content[len(MAGIC) : start], "big")
@@ -121,13 +121,13 @@ def judge(content: bytes, block: str, *, allowed: Path | None) -> Verdict:
     try:
         named = fingerprint_of(key_of(block))
     except ValueError as error:
-        return Verdict("damaged", "", None, f"damaged signature: {error}")
+        return Verdict("damaged", "", None, f"unusable signature: {error}")
     with TemporaryDirectory(prefix="patchbank-") as folder:
         file = Path(folder) / "signature"
         file.write_text(block + "\n", "ascii", "replace")
         signer, key = _signer(content, file, allowed) if allowed else (None, "")
         if signer is not None:
-            return Verdict("trusted", key, signer, f"signed by {shown(signer)}")
+            return Verdict("trusted", key, shown(signer), f"signed by {shown(signer)}")
         line = ["-Y", "check-novalidate", "-n", NAMESPACE, "-s", str(file)]
         done = _ssh_keygen(line, content)
     if done.returncode == 0:
@@ -136,7 +136,7 @@ def judge(content: bytes, block: str, *, allowed: Path | None) -> Verdict:
     if b"incorrect signature" in done.stderr:
         says = "signature of an earlier or another seal; sign the bank again"
         return Verdict("other seal", named, None, says)
-    return Verdict("damaged", named, None, f"damaged signature: {_reason(done)}")
+    return Verdict("damaged", named, None, f"unusable signature: {_reason(done)}")
 
 
 def _signer(content: bytes, file: Path, allowed: Path) -> tuple[str | None, str]:

@@ -156,11 +156,7 @@ def require_trusted(found: Sequence[Verdict], *, where: str, allowed: Path) -> N
 
 
 def check_opened(bank: Path, seal_bytes: bytes) -> None:
-    """Raises `BankError` where the settings want local banks signed, and this one is not.
-
-    `seal_bytes` is what its seal.json held when it was opened.
-    """
+    """`check_trust` of a bank of this disk; `seal_bytes` is what its seal.json holds."""
     settings = load_settings()
-    if settings.require_signature == "open":
-        signatures = read_signatures(FolderStore(bank))
-        check_trust(seal_bytes, signatures, where=str(bank), settings=settings)
+    signatures = read_signatures(FolderStore(bank))
+    check_trust(seal_bytes, signatures, where=str(bank), settings=settings)
