@@ -158,7 +158,7 @@ def check_range(where: str, told: str | None, start: int, *, whole: bool) -> Non
     """`StoreError` unless an answer of HTTP begins at byte `start` of the file: by its header
     Content-Range, or, where it has none, as the `whole` file that was not asked for."""
     begins = re.match(r"bytes (\d{1,19})-", told or "")
-    if begins and int(begins[1]) == start or not told and whole and start == 0:
+    if (begins and int(begins[1]) == start) or (not told and whole and start == 0):
         return
     if not told and whole:
         raise StoreError(
