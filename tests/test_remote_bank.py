@@ -6,7 +6,6 @@ import os
 import pickle
 import random
 import shutil
-import signal
 import threading
 import time
 import traceback
@@ -20,6 +19,7 @@ import pytest
 from bank_damage import INDEX_BYTES, ROW_BYTES, SHARD, STRIDE_BYTES, delete_inner_chunk, flip
 from flaky_store import Behaviour, flaky
 from loader_banks import make_bank, reader_threads
+from share_processes import begin, kill, read_for_ever
 from test_loader_processes import in_child
 
 from patchbank.pipeline.bank import Bank, open_bank
@@ -388,27 +388,17 @@ def test_a_fork_and_a_pickled_copy_go_on_where_the_parent_has_read(
         assert batch.patches.equal(patches)
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_killed_at_any_moment_two_processes_leave_a_sound_cache(
     sealed: Bank, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATCHBANK_CACHE_LIMIT", "400000")
     chance = random.Random(5)
     for _ in range(8):
-        children = []
-        for _ in range(2):
-            if (child := os.fork()) == 0:
-                with os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"):
-                    while True:
-                        remote = open_bank(url(sealed.path))
-                        for tier in ("read", "ram"):
-                            for _batch in BatchLoader(remote, batch_size=4, tier=tier):  # type: ignore[arg-type]
-                                pass
-            children.append(child)
-        time.sleep(chance.uniform(0.0, 0.15))
-        for child in children:
-            os.kill(child, signal.SIGKILL)
-            assert os.waitpid(child, 0)[1] == signal.SIGKILL
+        readers = [begin(read_for_ever, url(sealed.path), cache, "400000") for _ in range(2)]
+        time.sleep(chance.uniform(0.05, 0.3))
+        assert [reader.is_alive() for reader in readers] == [True, True]
+        for reader in readers:
+            kill(reader)
     assert_same_batches(open_bank(url(sealed.path)), sealed, n_epochs=2)
     [bank] = cached_banks(cache)
     assert bank.bytes <= 400_000
