@@ -21,7 +21,7 @@ def bank_facts(bank: Bank) -> Facts:
     card, clips = bank.card, bank.clips.select(["status", "reason"]).to_pylist()
     reasons = Counter(str(row["reason"]) for row in clips if row["status"] == 2)
     return {
-        "bank": str(bank.path),
+        "bank": bank.where,
         "fingerprint": bank.fingerprint,
         "recipe_id": bank.recipe_id,
         "root_sha256": bank.root_sha256,
@@ -31,6 +31,7 @@ def bank_facts(bank: Bank) -> Facts:
         "layers": {str(layer): card["layers"][str(layer)] for layer in bank.layers},
         "dtype": card["stored_dtype"],
         "archive": bank.schema.is_archive,
+        "pooled_only": not bank.schema.holds_tokens,
         "window": card["window"],
         "sample_rate_hz": card["encoder"]["sample_rate_hz"],
         "clips": bank.n_clips,
@@ -91,7 +92,8 @@ def readable_facts(facts: Facts) -> Iterator[tuple[str, str]]:
         n_bytes = sum(n for path, n in facts["bytes_of"].items() if f"/{layer}/" in path)
         yield f"layer {layer}", f"{grid}{prefix}, {spec['meaning']}, {human_bytes(n_bytes)}"
     archive = ", archive, compressed: convert it to train from it" * facts["archive"]
-    yield "dtype", f"{facts['dtype']}{archive}"
+    pooled = ", pooled vectors of these tokens only (mean, max, min)" * facts["pooled_only"]
+    yield "dtype", f"{facts['dtype']}{archive}{pooled}"
     for line in readable_measurements(facts["measured"]):
         yield "", line
     yield (
@@ -115,9 +117,23 @@ def readable_facts(facts: Facts) -> Iterator[tuple[str, str]]:
     versions = ", ".join(f"{name} {v}" for name, v in ran["versions"].items() if name != "zarr")
     yield "computed", f"on {ran['device']}, {ran['batch_size']} clips a batch; {versions}"
     for parent in facts["derived_from"]:
-        yield "made from", f"{parent['fingerprint'][:12]}, {parent['stored_dtype']}"
+        yield "made from", readable_origin(parent)
     yield "licence", facts["licence"] or "not stated"
     yield "source", facts["source"] or "not stated"
+
+
+def readable_origin(parent: Facts) -> str:
+    """A bank that another was made of, and what was there to choose from."""
+    from patchbank.pipeline.bank.damage import shown
+
+    parts = [parent["fingerprint"][:12], parent["stored_dtype"]]
+    if "n_clips" in parent:
+        parts.append(f"{parent['n_clips']} clips")
+    if parent.get("layers"):
+        parts.append(f"layers {','.join(map(str, parent['layers']))}")
+    if parent.get("splits"):
+        parts.append(f"of which split {' and '.join(map(shown, parent['splits']))}")
+    return ", ".join(parts)
 
 
 def readable_augment(augment: Facts) -> str:
@@ -147,5 +163,9 @@ def print_fact(name: str, value: str) -> None:
     import textwrap
 
     lead = f"{name:<13}"
+    # What a stranger's card says of licence and source must not move the terminal.
+    value = " ".join(value.split())
+    if not value.isprintable():
+        value = value.encode("unicode_escape", "backslashreplace").decode("ascii")
     value = value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]} ..."
     print(textwrap.fill(value, 80, initial_indent=lead, subsequent_indent=" " * 13) or lead)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,11 +10,8 @@ import typer
 from patchbank.cli.bars import count_bar, phase, progress_lines
 from patchbank.cli.choices import StoredDType
 from patchbank.cli.extract import parse_layers
-from patchbank.pipeline.errors import PatchbankError
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from patchbank.pipeline.bank import Bank
 
 OutPath = Annotated[Path, typer.Option("--out", help="The bank to make or to finish.")]
@@ -66,6 +62,10 @@ def convert(
         bool,
         typer.Option("--archive", help="Compress for cold storage; convert again to train."),
     ] = False,
+    pooled_only: Annotated[
+        bool,
+        typer.Option("--pooled-only", help="Leave tokens out; keep their mean, max and min."),
+    ] = False,
     measure: Annotated[
         Path | None,
         typer.Option(help="Labels: train probes on both banks, note what the type changes."),
@@ -78,15 +78,31 @@ def convert(
         typer.Option("--allow-leakage", help="For --measure: although splits share recordings."),
     ] = False,
 ) -> None:
-    """Make another bank of a bank: other type, fewer layers or clips, no holes."""
+    """Make another bank of a bank: other type, fewer layers or clips, no holes, no tokens."""
     from patchbank.pipeline.bank import open_bank
+    from patchbank.pipeline.selection import make_selection, select
 
+    chosen_layers = parse_layers(layers)
     with phase("open"):
         source = open_bank(bank)
-        rows = chosen_rows(source, split or [], clips)
-    if measure is not None and archive:
+        chosen = select(
+            source,
+            layers=chosen_layers,
+            splits=split or [],
+            clips=clips,
+            dtype=None if dtype is None else dtype.value,
+            pooled_only=pooled_only,
+            compact=compact,
+            archive=archive,
+        )
+    if measure is not None and chosen.storage != "aligned":
         raise typer.BadParameter("--measure trains on the new bank, which an archive is not for")
-    if measure is not None and rows is not None:
+    if chosen.is_all_of(source):
+        raise typer.BadParameter(
+            "nothing to convert; give --dtype, --layers, --split, --clips, --pooled-only, "
+            "--compact or --archive"
+        )
+    if measure is not None and chosen.rows is not None:
         raise typer.BadParameter("--measure compares banks of the same clips: no --split, --clips")
     if measure is not None:
         with phase("read labels"):
@@ -94,16 +110,7 @@ def convert(
                 source, measure, splits=splits, folds=folds, allow_leakage=allow_leakage
             )
     with count_bar("convert", "shards") as progress:
-        made = converted(
-            source,
-            out,
-            dtype=dtype,
-            layers=chosen_layers(source, layers),
-            rows=rows,
-            compact=compact,
-            archive=archive,
-            progress=progress,
-        )
+        made = make_selection(source, out, chosen, progress=progress)
     print_made(made)
     if measure is not None:
         note_change(
@@ -115,109 +122,6 @@ def convert(
             seeds=seeds,
             allow_leakage=allow_leakage,
         )
-
-
-def converted(
-    source: Bank,
-    out: Path,
-    *,
-    dtype: StoredDType | None,
-    layers: Sequence[int],
-    rows: np.ndarray | None,
-    compact: bool,
-    archive: bool,
-    progress: Callable[[int, int], None],
-) -> Bank:
-    """The bank that `convert` makes, by links where no token has to be written."""
-    same_type = dtype is None or dtype.value == source.schema.stored_dtype
-    same_storage = archive == source.schema.is_archive
-    if same_type and same_storage and rows is None and not compact:
-        if list(layers) == list(source.layers):
-            raise typer.BadParameter(
-                "nothing to convert; give --dtype, --layers, --split, --clips, --compact or "
-                "--archive"
-            )
-        from patchbank.pipeline.bank.join import join_banks
-
-        return join_banks([source], out, layers=layers, progress=progress)
-    from patchbank.pipeline.rebuild import rebuild_bank
-
-    return rebuild_bank(
-        [source],
-        out,
-        dtype=None if dtype is None else dtype.value,
-        layers=layers,
-        rows=None if rows is None else [rows],
-        storage="blosc" if archive else "aligned",
-        progress=progress,
-    )
-
-
-def chosen_layers(bank: Bank, text: str) -> list[int]:
-    """The layers that the option names; `BankError` where the bank lacks one."""
-    layers = parse_layers(text)
-    if layers == "all":
-        return list(bank.layers)
-    if layers == "last":
-        return [bank.layers[-1]]
-    return sorted({bank.resolve_layer(int(layer)) for layer in layers})
-
-
-def chosen_rows(bank: Bank, splits: Sequence[str], clips: Path | None) -> np.ndarray | None:
-    """The rows that the options leave, in order; None where they leave all."""
-    import numpy as np
-
-    if not splits and clips is None:
-        return None
-    keep = np.isin(bank.status, (1, 2))
-    if splits:
-        if "split" not in bank.clips.column_names:
-            raise PatchbankError(f"{bank.path} has no split column; name clips with --clips")
-        there = bank.clips["split"].to_pylist()
-        if unknown := sorted(set(splits) - set(there)):
-            found = ", ".join(sorted({str(name) for name in there if name is not None}))
-            raise PatchbankError(f"no split {unknown[0]!r} in {bank.path}; it has {found}")
-        keep &= np.array([name in splits for name in there])
-    if clips is not None:
-        keep &= _named(bank, clips)
-    rows = np.flatnonzero(keep)
-    if not len(rows):
-        raise PatchbankError(f"no clip of {bank.path} is left; correct --split or --clips")
-    return rows
-
-
-def _named(bank: Bank, clips: Path) -> np.ndarray:
-    import numpy as np
-
-    from patchbank.pipeline.errors import ManifestError
-    from patchbank.probing.tables import read_table, require_columns
-
-    table = read_table(clips)
-    key = "clip_id" if "clip_id" in table.columns else "path"
-    require_columns(table, [key], why="clip_id or path: which clip")
-    names = bank.clips[key].to_pylist()
-    known = set(names)
-    problems = [
-        table.problem(row, key, f"no clip of {bank.path} has {key} {cell!r}")
-        for row, cell in enumerate(table.columns[key])
-        if cell not in known
-    ]
-    if problems:
-        raise ManifestError(problems)
-    if "view" not in table.columns:
-        wanted = set(table.columns[key])
-        return np.fromiter((name in wanted for name in names), bool, len(names))
-    keys = list(zip(names, map(str, bank.clips["view"].to_pylist()), strict=True))
-    asked = list(zip(table.columns[key], table.columns["view"], strict=True))
-    there, wanted_views = set(keys), set(asked)
-    problems = [
-        table.problem(row, "view", f"no view {view!r} of {name!r} in {bank.path}")
-        for row, (name, view) in enumerate(asked)
-        if (name, view) not in there
-    ]
-    if problems:
-        raise ManifestError(problems)
-    return np.fromiter((one in wanted_views for one in keys), bool, len(keys))
 
 
 def check_measurable(

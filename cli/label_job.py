@@ -29,9 +29,9 @@ class LabelJob:
         self._predictor, self._output, self._frames = predictor, output, frames
         self._shown = Shown(predictor.artefact, output.top, output.threshold)
 
-    def bank(self, path: Path) -> None:
-        """Labels the clips of a bank."""
-        rows = self._predictor.bank(path, frames=self._frames)
+    def bank(self, place: str) -> None:
+        """Labels the clips of a bank, at a path or an address."""
+        rows = self._predictor.bank(place, frames=self._frames)
         with self._one_place() as write:
             write(rows)
 

@@ -17,7 +17,9 @@ def predict(
     audio: Annotated[
         list[Path] | None, typer.Argument(metavar="AUDIO", help="Audio files, or folders of them.")
     ] = None,
-    bank: Annotated[Path | None, typer.Option(help="Label a bank's clips instead.")] = None,
+    bank: Annotated[
+        str | None, typer.Option(metavar="BANK|URL", help="Label a bank's clips instead.")
+    ] = None,
     probe: ProbeOfRun = None,
     weights: Weights = None,
     encoder: EncoderFile = None,

@@ -25,10 +25,17 @@ from patchbank.pipeline.environment import choose_device
 from patchbank.pipeline.errors import AudioError, EncoderError, TrialError
 from patchbank.pipeline.specs import WindowSpec
 from patchbank.pipeline.stream import EncodedWindows, TokenStream
-from patchbank.probing.artefact import ArrayLike, ProbeArtefact, load_probe
+from patchbank.probing.artefact import (
+    PREDICT_BATCH_SIZE,
+    ArrayLike,
+    ProbeArtefact,
+    load_probe,
+)
 from patchbank.probing.batch import Batch, Grid, LayerTokens
 from patchbank.probing.frames import frame_probe, predict_frames
 from patchbank.probing.loader import BatchLoader
+from patchbank.probing.mean_source import MeanSource
+from patchbank.probing.plan import sequential
 from patchbank.probing.run_folder import probe_folder
 
 OnFailure = Callable[[Path, AudioError], None]
@@ -142,7 +149,7 @@ class Predictor:
 
     def bank(self, bank: str | Path | Bank, *, frames: bool = False) -> Iterator[Prediction]:
         """One row a clip of a bank that has tokens, or a frame of it; its views are left out."""
-        opened = bank if isinstance(bank, Bank) else open_bank(Path(bank))
+        opened = bank if isinstance(bank, Bank) else open_bank(bank)
         self.artefact.check_encoder(opened.card["encoder"], opened.encoder_id)
         grids = {layer: (grid.time, grid.freq) for layer, grid in opened.schema.grids.items()}
         probe = self._frame_probe(grids) if frames else None
@@ -154,13 +161,20 @@ class Predictor:
         is_clean = np.array([clip["view"] == 0 for clip in clips])
         chosen = np.flatnonzero((bank.status == 1) & is_clean)
         layers = self.artefact.layers
-        loader = BatchLoader(bank, layer=layers, rows=chosen, shuffle=False, reads_once=True)
-        grid = bank.schema.grids[loader.source.layer]
+        grid = bank.schema.grids[layers[-1] if layers else bank.layers[-1]]
         window_s = float(bank.card["window"]["window_s"])
-        for batch in loader:
+        for batch in self._batches(bank, chosen, frames=probe is not None):
             found = [clips[row] for row in np.asarray(batch.rows).tolist()]
             windows = [_Window(c["clip_id"], c["start_s"], c["duration_s"]) for c in found]
             yield from self._rows(windows, batch, (grid.time, grid.freq), window_s, probe)
+
+    def _batches(self, bank: Bank, rows: np.ndarray, *, frames: bool) -> Iterable[Batch]:
+        layers = self.artefact.layers
+        if bank.schema.holds_tokens or frames:
+            return BatchLoader(bank, layer=layers, rows=rows, shuffle=False, reads_once=True)
+        means = MeanSource(bank, layers or bank.layers[-1:], rows=rows)
+        means.check({self.artefact.probe: self.artefact.family})
+        return means.read(sequential(rows, batch_size=PREDICT_BATCH_SIZE))
 
     def _encoded(
         self, encoded: Iterable[EncodedWindows], clip: str, probe: ProbeArtefact | None

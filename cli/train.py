@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +16,9 @@ from patchbank.cli.typed_command import TYPED
 
 
 def train_probe(
-    bank: Annotated[Path, typer.Argument(metavar="BANK", help="A sealed bank.")],
+    bank: Annotated[
+        str, typer.Argument(metavar="BANK|URL", help="A sealed bank, here or at s3://, ...")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for results and probes.")],
     labels: Annotated[
         list[Path] | None,
@@ -122,6 +126,7 @@ def train_probe(
 
     from patchbank.cli.training_log import both, open_log
     from patchbank.pipeline.bank import open_bank
+    from patchbank.pipeline.sharing.stores import safe_url
     from patchbank.probing.atomic import write_text
     from patchbank.probing.results import format_comparisons, format_scores
     from patchbank.probing.run import run_training
@@ -158,7 +163,7 @@ def train_probe(
         opened = open_bank(bank)
     tables = list(dict.fromkeys(options.labels))
     entries, chosen = options.entries(opened.layers)
-    with open_log(log_to, out) as log, progress_lines() as progress:
+    with open_log(log_to, out) as log, progress_lines() as progress, goes_on():
         results = run_training(
             opened,
             tables,
@@ -176,7 +181,7 @@ def train_probe(
             allow_leakage=options.allow_leakage,
             tier=options.tier,
             overwrite=overwrite,
-            command=TYPED.get(),
+            command=[safe_url(word) for word in TYPED.get()],
             progress=both(progress, log),
             say=lambda line: print(line, file=sys.stderr),
         )
@@ -192,6 +197,17 @@ def train_probe(
         if found["comparisons"]:
             print_table(format_comparisons(found))
         print(f"{out / name}: results.json, one folder a probe")
+
+
+@contextmanager
+def goes_on() -> Iterator[None]:
+    """Says that nothing is lost where a store is."""
+    from patchbank.pipeline.errors import StoreError
+
+    try:
+        yield
+    except StoreError as error:
+        raise StoreError(f"{error}; the same command goes on from here") from error
 
 
 def print_table(table: object) -> None:

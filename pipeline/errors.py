@@ -10,6 +10,8 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+MOST_DIFFERENCES, LONGEST_VALUE = 20, 500
+
 
 class PatchbankError(Exception):
     """Root of all errors raised on purpose."""
@@ -73,8 +75,13 @@ class BankMismatch(BankError):
     def __init__(self, message: str, differences: Mapping[str, tuple[object, object]]) -> None:
         self.differences = dict(differences)
         lines = [message]
-        for field, (found, expected) in self.differences.items():
-            lines.append(f"  {field}: found {found!r}, expected {expected!r}")
+        for field, values in list(self.differences.items())[:MOST_DIFFERENCES]:
+            # A stranger's card names fields and values.
+            found, expected = (repr(value)[:LONGEST_VALUE] for value in values)
+            name = field if field.isprintable() else ascii(field)
+            lines.append(f"  {name[:LONGEST_VALUE]}: found {found}, expected {expected}")
+        if len(self.differences) > MOST_DIFFERENCES:
+            lines.append(f"  and {len(self.differences) - MOST_DIFFERENCES} more")
         super().__init__("\n".join(lines))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from patchbank.pipeline.added_clips import added_clips
+from patchbank.pipeline.bank.begin import shards_as_begun
 from patchbank.pipeline.bank.card import (
     augment_of_card,
     read_attributes,
@@ -69,7 +70,8 @@ class Extraction:
 
 def fit_to_bank(extraction: Extraction) -> Extraction:
     """What is left to do at a bank that exists, or a refusal where it is another one."""
-    bank, schema = extraction.bank, extraction.schema
+    bank = extraction.bank
+    schema = shards_as_begun(bank, extraction.schema)
     extraction = replace(
         extraction,
         plan=plan_extraction(bank, extraction.job.recipe, schema),
@@ -168,6 +170,11 @@ def _fit_to_sealed(extraction: Extraction, bank: Bank) -> Extraction:
         job = replace(extraction.job, schema=schema)
         done = plan_extraction(bank.path, job.recipe, schema, first_shard=schema.n_shards)
         return replace(extraction, plan=done, clips=known, job=job)
+    if not schema.holds_tokens:
+        raise BankError(
+            f"{bank.path} holds pooled vectors only, and does not grow; let the bank that it was "
+            "made from grow, and make it again: patchbank bank convert --pooled-only"
+        )
     if schema.is_archive:
         raise BankError(
             f"{bank.path} is an archive, which does not grow; make a bank of it first: patchbank "

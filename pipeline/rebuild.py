@@ -33,14 +33,16 @@ from patchbank.pipeline.bank.reader import Bank, open_bank
 from patchbank.pipeline.bank.schema import HOLE, SmallArray, Storage, TokenArray
 from patchbank.pipeline.bank.seal import seal_bank
 from patchbank.pipeline.bank.view_columns import MIX_GAINS, has_gains
-from patchbank.pipeline.bank.writer import ShardFileWriter, writer_threads
+from patchbank.pipeline.bank.writer import RowDigest, ShardFileWriter, writer_threads
+from patchbank.pipeline.errors import BankError
 from patchbank.pipeline.plan import bank_bytes, check_space
-from patchbank.pipeline.rebuild_plan import RebuildPlan, Rows, plan_rebuild
+from patchbank.pipeline.rebuild_plan import Readers, RebuildPlan, Rows, plan_rebuild, read_together
 from patchbank.pipeline.shard_rows import small_values_of, write_part
 from patchbank.pipeline.specs import Json, StoredDType
 from patchbank.pipeline.tokens import StoredTokens, store_tokens
 
 BATCH_ROWS = 16
+SHARDS_AT_ONCE = 8
 
 
 def rebuild_bank(
@@ -51,17 +53,27 @@ def rebuild_bank(
     layers: Sequence[int] | None = None,
     rows: Sequence[Rows] | None = None,
     storage: Storage = "aligned",
+    splits: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Bank:
     """The clips of `banks`, or `rows` of each, in a new bank of one generation.
 
     `dtype` and `layers` are those of the first bank where None. `storage="blosc"` makes an archive,
-    "aligned" a bank to train from, of either. The same call finishes what an
+    "aligned" a bank to train from, of either; "pooled" leaves the tokens out. `splits` are those
+    that `rows` were chosen by, for the card. The same call finishes what an
     earlier one began. Raises `BankMismatch` where the recipes differ or another bank lies at `out`,
     `BankCorrupt` where a row does not match its checksum.
     """
     check_joinable(banks)
-    plan = plan_rebuild(banks, out, dtype=dtype, layers=layers, rows=rows, storage=storage)
+    if storage != "pooled":
+        banks[0].require_tokens()
+    elif dtype not in (None, banks[0].schema.stored_dtype):
+        raise BankError(
+            f"pooled vectors are floats, whatever tokens are stored as: leave {dtype} out"
+        )
+    plan = plan_rebuild(
+        banks, out, dtype=dtype, layers=layers, rows=rows, storage=storage, splits=splits
+    )
     first = banks[0]
     constants = {layer: value.arrays() for layer, value in plan.constants.items()}
     if not (out / "zarr.json").is_file():
@@ -70,7 +82,7 @@ def rebuild_bank(
         copy_golden(first, out, plan.schema)
         n_done, shards = 0, range(plan.schema.n_shards)
         _ = plan.sources if plan.is_copy else plan.floats
-        pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="rebuild")
+        pool = ThreadPoolExecutor(_n_shards_at_once(banks), thread_name_prefix="rebuild")
         # Others than the pool's, whose shards wait for their rows.
         with writer_threads() as threads:
             try:
@@ -84,6 +96,13 @@ def rebuild_bank(
                 pool.shutdown(cancel_futures=True)
     seal_bank(out, plan.schema, recipe_id=plan.attributes["recipe_id"])
     return open_bank(out)
+
+
+def _n_shards_at_once(banks: Sequence[Bank]) -> int:
+    """As many as there are cores; more where most of the time they wait for rows from afar."""
+    if any(bank.is_remote for bank in banks):
+        return SHARDS_AT_ONCE
+    return min(SHARDS_AT_ONCE, os.cpu_count() or 1)
 
 
 def _rebuild_shard(plan: RebuildPlan, shard: int, threads: ThreadPoolExecutor) -> None:
@@ -104,7 +123,11 @@ def _rebuild_shard(plan: RebuildPlan, shard: int, threads: ThreadPoolExecutor) -
                 write = _copied if plan.is_copy else _converted
                 facts.extend(write(plan, batch, writers))
             files = {suffix: writer.finish() for suffix, writer in writers.items()}
-        digests = {suffix: file.digests for suffix, file in files.items()}
+        digests = (
+            {suffix: file.digests for suffix, file in files.items()}
+            if plan.schema.holds_tokens
+            else _old_digests(plan, place)
+        )
         part = write_part(attempt, shard, part_table(clips, facts, digests, plan.schema))
         n_failed = sum(fact.failure is not None for fact in facts)
         record: Json = {
@@ -115,6 +138,22 @@ def _rebuild_shard(plan: RebuildPlan, shard: int, threads: ThreadPoolExecutor) -
         if others := _other_environments(plan, place):
             record["extraction"] = others
         commit(plan.out, attempt, name, [*(f.record for f in files.values()), part], record)
+
+
+def _old_digests(plan: RebuildPlan, clips: range) -> dict[str, list[RowDigest]]:
+    """The digests of tokens that are left out, by `TokenArray.column_suffix`."""
+    digests: dict[str, list[RowDigest]] = {}
+    for suffix in (array.column_suffix for array in plan.schema.described_arrays()):
+        columns = [
+            [bank.clips[f"{kind}_{suffix}"] for kind in ("sha256", "crc32c")] for bank in plan.banks
+        ]
+        digests[suffix] = [
+            RowDigest(
+                *(column[int(plan.row[clip])].as_py() for column in columns[plan.owner[clip]])
+            )
+            for clip in clips
+        ]
+    return digests
 
 
 def _open_writer(
@@ -169,13 +208,21 @@ def _copied(
     plan: RebuildPlan, clips: range, writers: Mapping[str, ShardFileWriter | ArchiveFileWriter]
 ) -> Iterator[RowFacts]:
     values = {array.path: _small(plan, array, clips) for array in plan.schema.small_arrays()}
+    suffixes = [array.column_suffix for array in plan.schema.arrays()]
+    tokens = {suffix: _tokens(plan, plan.sources, suffix, clips) for suffix in suffixes}
     for index, clip in enumerate(clips):
-        owner, row = int(plan.owner[clip]), int(plan.row[clip])
-        for array in plan.schema.arrays():
-            tokens = plan.sources[owner, array.column_suffix].read(row)
-            writers[array.column_suffix].write_row(tokens)
+        for suffix in suffixes:
+            writers[suffix].write_row(tokens[suffix][index])
         small = {path: value[index] for path, value in values.items()}
         yield _facts(plan, clip, small)
+
+
+def _tokens(
+    plan: RebuildPlan, readers: Readers, suffix: str, clips: range
+) -> list[Shaped[np.ndarray, "token dim"]]:
+    some = slice(clips.start, clips.stop)
+    chosen = {number: reader for (number, name), reader in readers.items() if name == suffix}
+    return read_together(chosen, plan.owner[some], plan.row[some])
 
 
 def _facts(
@@ -245,9 +292,7 @@ def _convert(
     plan: RebuildPlan, array: TokenArray, clips: range, n_patches: Int32[np.ndarray, " clip"]
 ) -> StoredTokens:
     suffix = array.column_suffix
-    tokens = np.stack(
-        [plan.floats[int(plan.owner[clip]), suffix].read(int(plan.row[clip])) for clip in clips]
-    )
+    tokens = np.stack(_tokens(plan, plan.floats, suffix, clips))
     failed = [_old_failure(plan, clip) is not None for clip in clips]
     # A failed clip has no tokens; ones that can be stored keep its mates' batch simple.
     tokens[failed] = 1.0

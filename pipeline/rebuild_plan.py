@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int64
+from jaxtyping import Int64, Shaped
 
-from patchbank.pipeline.bank.begin import derivation
+from patchbank.pipeline.bank.begin import derivation, shards_as_begun
 from patchbank.pipeline.bank.card import attributes_of_card, layers_of_schema
 from patchbank.pipeline.bank.identity import rows_digest
-from patchbank.pipeline.bank.join import joined_table, quantisation_of_layers
+from patchbank.pipeline.bank.join import card_of_storage, joined_table, quantisation_of_layers
 from patchbank.pipeline.bank.quantised import (
     CALIBRATION_CLIPS,
     CALIBRATION_SEED,
@@ -30,6 +30,10 @@ from patchbank.pipeline.plan import schema_for
 from patchbank.pipeline.specs import Json, StoredDType
 
 Rows = Int64[np.ndarray, " row"]
+Readers = Mapping[tuple[int, str], RowBytes | TokenFloats]
+"""By bank and by array, named by `TokenArray.column_suffix`."""
+ROWS_AT_ONCE = 32
+"""Rows of floats in memory, which come together where they come from afar."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,7 @@ def plan_rebuild(
     layers: Sequence[int] | None,
     rows: Sequence[Rows] | None,
     storage: Storage,
+    splits: Sequence[str],
 ) -> RebuildPlan:
     """What `rebuild_bank` has to do; reads clip tables, and tokens where a type is calibrated."""
     first = banks[0]
@@ -101,13 +106,14 @@ def plan_rebuild(
         n_clips=len(clips),
         storage=storage,
     )
+    schema = shards_as_begun(out, schema)
     owner = np.concatenate([np.full(len(some), n) for n, some in enumerate(chosen)])
     constants = _constants(banks, schema, owner, np.concatenate(chosen))
     return RebuildPlan(
         banks,
         out,
         schema,
-        _attributes(banks, schema, clips, constants),
+        _attributes(banks, schema, clips, constants, splits),
         constants,
         clips,
         owner,
@@ -120,19 +126,17 @@ def _attributes(
     schema: BankSchema,
     clips: pa.Table,
     constants: dict[int, ChannelConstants],
+    splits: Sequence[str],
 ) -> Json:
-    card = banks[0].card | {
+    card = card_of_storage(banks[0].card, schema) | {
         "layers": layers_of_schema(schema),
         "n_rows": schema.n_rows,
         "generations": list(schema.generations),
         "rows_per_shard": schema.rows_per_shard,
         "rows_sha256": rows_digest(clips),
-        "derived_from": [derivation(bank) for bank in banks],
+        "derived_from": [derivation(bank, splits=splits) for bank in banks],
         "stored_dtype": schema.stored_dtype,
     }
-    card.pop("storage", None)
-    if schema.is_archive:
-        card["storage"] = schema.storage
     was = banks[0].schema.stored_dtype
     if schema.stored_dtype == was:
         return attributes_of_card(card | quantisation_of_layers(banks[0], schema))
@@ -148,7 +152,7 @@ def _constants(
     banks: Sequence[Bank], schema: BankSchema, owner: Rows, row: Rows
 ) -> dict[int, ChannelConstants]:
     """The constants of a quantised target: those of the source, or measured on its tokens."""
-    if not schema.stored.is_quantised:
+    if not (schema.stored.is_quantised and schema.holds_tokens):
         return {}
     layers = [spec.layer for spec in schema.layers]
     if banks[0].schema.stored_dtype == schema.stored_dtype:
@@ -157,15 +161,29 @@ def _constants(
     done = np.array([status[o][r] == DONE for o, r in zip(owner, row, strict=True)])
     candidates = np.flatnonzero(done)
     if not len(candidates):
-        raise BankError(f"no clip of {banks[0].path} with tokens is left to measure channels on")
+        raise BankError(f"no clip of {banks[0].where} with tokens is left to measure channels on")
     order = np.random.default_rng(CALIBRATION_SEED).permutation(len(candidates))
     drawn = candidates[np.sort(order[:CALIBRATION_CLIPS])]
     constants = {}
     for layer in layers:
         array = banks[0].array(layer)
-        readers = [TokenFloats(bank, array) for bank in banks]
+        readers = {number: TokenFloats(bank, array) for number, bank in enumerate(banks)}
         statistics = ChannelStatistics(array.dim)
-        for clip in drawn.tolist():
-            statistics.add(readers[int(owner[clip])].read(int(row[clip])))
+        for start in range(0, len(drawn), ROWS_AT_ONCE):
+            some = drawn[start : start + ROWS_AT_ONCE]
+            for tokens in read_together(readers, owner[some], row[some]):
+                statistics.add(tokens)
         constants[layer] = statistics.constants().for_type(schema.stored)
     return constants
+
+
+def read_together(
+    readers: Mapping[int, RowBytes | TokenFloats], owner: Rows, row: Rows
+) -> list[Shaped[np.ndarray, "token dim"]]:
+    """The tokens of some clips, in order; those of one bank are read in one call."""
+    found: dict[int, Shaped[np.ndarray, "token dim"]] = {}
+    for number in np.unique(owner).tolist():
+        places = np.flatnonzero(owner == number)
+        read = readers[number].read_all(row[places].tolist())
+        found |= dict(zip(places.tolist(), read, strict=True))
+    return [found[place] for place in range(len(row))]

@@ -30,6 +30,7 @@ from patchbank.pipeline.bank.parts import RowFacts
 from patchbank.pipeline.bank.quantised import (
     ChannelConstants,
     ChannelStatistics,
+    constant_files,
     load_constants,
 )
 from patchbank.pipeline.bank.writer import hash_file, n_writer_threads, writer_threads
@@ -90,9 +91,14 @@ class ShardExtractor:
         """Of the layers of a quantised bank; they lie in it before its first shard."""
         if not self._job.schema.stored.is_quantised:
             return {}
-        card = read_attributes(self._job.bank)["card"]
-        layers = self._job.recipe.layers
-        return {layer: load_constants(self._job.bank, card, layer) for layer in layers}
+        bank, dtype = self._job.bank, self._job.schema.stored_dtype
+        card = read_attributes(bank)["card"]
+        return {
+            layer: load_constants(
+                [bank / name for name in constant_files(layer, dtype)], card, layer, where=str(bank)
+            )
+            for layer in self._job.recipe.layers
+        }
 
     def close(self) -> None:
         """Ends everything, also what still runs."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from patchbank.pipeline.bank.places import RowPlaces
 from patchbank.pipeline.bank.reader import Bank
-from patchbank.pipeline.bank.row_files import MOST_OPEN_FILES, RowFiles, reads_directly
+from patchbank.pipeline.bank.row_files import MOST_OPEN_FILES, RowReader, reads_directly
 from patchbank.pipeline.bank.schema import POOLED
 from patchbank.pipeline.errors import BankError
 from patchbank.probing.batch import Batch, LayerShape, LayerTokens
@@ -25,8 +25,9 @@ from patchbank.probing.decoding import Dequantiser, QuantisedTokens
 from patchbank.probing.device_ring import N_DEVICE_SLOTS, DeviceRows, copied_ahead
 from patchbank.probing.plan import BatchRows
 from patchbank.probing.ring import N_SLOTS, Column, Filled, FilledBatches, Slot, read_ahead
-from patchbank.probing.row_readers import MappedRows, RamRows, RowReader, SmallRows
+from patchbank.probing.row_readers import MappedRows, RamRows, SmallRows
 from patchbank.probing.tiers import (
+    FROM_AFAR,
     SMALL_ROW_BYTES,
     TIERS,
     Tier,
@@ -35,6 +36,8 @@ from patchbank.probing.tiers import (
     look_at,
 )
 
+REMOTE_THREADS = 16
+"""Of a bank that lies elsewhere: enough that two batches are under way."""
 ARRAYS = ("patches", "prefix", *POOLED)
 Rows = Int[np.ndarray, " clip"]
 
@@ -84,6 +87,7 @@ class BankSource:
         self.device = torch.empty(0, device=device).device
         self._done = bank.status == 1
         self.n_rows = bank.n_rows
+        self._is_remote = bank.is_remote
         self._check(bank, arrays, tier)
         wanted = np.flatnonzero(self._done) if rows is None else rows[self._done[rows]]
         tokens = [
@@ -99,7 +103,7 @@ class BankSource:
         self.choice = self._choose(list(places.values()), wanted, tier, reads_once=reads_once)
         self._is_all_counted = {layer: self._counts_all(bank, layer) for layer in self.layers}
         self._columns = [
-            *(self._token_column(places[a.layer, a.kind], wanted, tier) for a in tokens),
+            *(self._token_column(bank, places[a.layer, a.kind], wanted, tier) for a in tokens),
             *self._small_columns(bank, arrays),
         ]
         self._constants = {
@@ -140,8 +144,15 @@ class BankSource:
         unknown = [name for name in arrays if name not in ARRAYS]
         if unknown or not arrays:
             raise BankError(f"found arrays={list(arrays)}, expected some of {list(ARRAYS)}")
+        if {"patches", "prefix"} & set(arrays):
+            bank.require_tokens()
         if tier not in TIERS:
             raise BankError(f"found tier={tier!r}, expected one of {list(TIERS)}")
+        if bank.is_remote and tier in ("map", "direct"):
+            raise BankError(
+                f"the tier {tier!r} reads files of this machine, and {bank.where} is elsewhere; "
+                f"choose ram or read, or pull it first: patchbank bank pull {bank.where}"
+            )
         if self.device.type not in ("cpu", "cuda"):
             raise BankError(f"found device {self.device}, expected cpu or cuda")
         if tier == "device" and self.device.type == "cpu":
@@ -152,33 +163,37 @@ class BankSource:
 
     def _counts_all(self, bank: Bank, layer: int) -> bool:
         counted = bank.n_patches(layer)[self._done]
-        return bool((counted == bank.array(layer).n_tokens).all())
+        return bool((counted == bank.schema.grids[layer].n_patches).all())
 
     def _choose(
         self, places: list[RowPlaces], rows: Rows, tier: Tier, *, reads_once: bool
     ) -> TierChoice:
+        if tier != "auto" and self._is_remote:
+            return TierChoice(tier, f"as asked, {FROM_AFAR}")
         if tier == "direct" and not all(map(reads_directly, places)):
             return TierChoice("read", "the file system has no O_DIRECT")
         if tier != "auto":
             return TierChoice(tier, "as asked")
         facts = look_at(
-            places, rows, free_device_bytes=_free_bytes(self.device), reads_once=reads_once
+            places,
+            rows,
+            free_device_bytes=_free_bytes(self.device),
+            reads_once=reads_once,
+            is_remote=self._is_remote,
         )
         return choose_tier(facts)
 
-    def _token_column(self, places: RowPlaces, rows: Rows, asked: Tier) -> Column:
-        array = places.array
-        shape = (array.n_tokens, array.width)
-        return Column(
-            array.layer, array.kind, self._reader(places, rows, asked), shape, array.dtype
-        )
+    def _token_column(self, bank: Bank, places: RowPlaces, rows: Rows, asked: Tier) -> Column:
+        array, reader = places.array, self._reader(bank, places, rows, asked)
+        return Column(array.layer, array.kind, reader, (array.n_tokens, array.width), array.dtype)
 
-    def _reader(self, places: RowPlaces, rows: Rows, asked: Tier) -> RowReader:
+    def _reader(self, bank: Bank, places: RowPlaces, rows: Rows, asked: Tier) -> RowReader:
         if self.tier == "map":
             return MappedRows(places)
         is_small = asked == "auto" and places.array.row_bytes < SMALL_ROW_BYTES
-        direct = self.tier != "read" and not is_small and reads_directly(places)
-        files = RowFiles(places, direct=direct, most_open=self._most_open)
+        wants_direct = self.tier != "read" and not is_small and not bank.is_remote
+        direct = wants_direct and reads_directly(places)
+        files = bank.row_reader(places, direct=direct, most_open=self._most_open)
         return RamRows(files, rows, n_rows=self.n_rows) if self.tier == "ram" else files
 
     def _small_columns(self, bank: Bank, arrays: Sequence[str]) -> Iterator[Column]:
@@ -206,7 +221,7 @@ class BankSource:
 
     def _filled(self, batches: Iterable[BatchRows], ring: _Ring) -> FilledBatches:
         plan = map(self._checked, batches)
-        n_threads = _n_threads(self.tier)
+        n_threads = REMOTE_THREADS if self._is_remote else _n_threads(self.tier)
         if self._on_device is not None:
             return self._on_device.batches(plan, n_threads=n_threads)
         is_cuda = self.device.type == "cuda"
@@ -263,10 +278,10 @@ class BankSource:
 
 
 def _shape_of(bank: Bank, layer: int, arrays: Sequence[str]) -> LayerShape:
-    patches, grid = bank.array(layer), bank.schema.grids[layer]
-    prefix = [a for a in bank.schema.arrays() if (a.layer, a.kind) == (layer, "prefix")]
-    n_prefix = sum(array.n_tokens for array in prefix) if "prefix" in arrays else 0
-    return LayerShape(patches.n_tokens, patches.dim, n_prefix, (grid.time, grid.freq))
+    grid = bank.schema.grids[layer]
+    [spec] = [spec for spec in bank.schema.layers if spec.layer == layer]
+    n_prefix = spec.n_prefix if "prefix" in arrays else 0
+    return LayerShape(grid.n_patches, spec.dim, n_prefix, (grid.time, grid.freq))
 
 
 def _layer_tokens(values: Mapping[str, Tensor], dequantise: Dequantiser | None) -> LayerTokens:

@@ -135,6 +135,6 @@ def _checked(rows: Rows, bank: Bank) -> Rows:
         len(found) and not 0 <= found.min() <= found.max() < bank.n_rows
     ):
         raise BankError(
-            f"rows are whole numbers from 0 to {bank.n_rows - 1} in {bank.path}, found {found!r}"
+            f"rows are whole numbers from 0 to {bank.n_rows - 1} in {bank.where}, found {found!r}"
         )
     return found

@@ -91,7 +91,7 @@ def _check_same_clips(reference: Bank, bank: Bank) -> None:
         pairs = [_column(one, name) for one in (reference, bank)]
         if pairs[0] != pairs[1]:
             raise BankMismatch(
-                f"{bank.path} holds other clips than {reference.path}; only banks of the same "
+                f"{bank.where} holds other clips than {reference.where}; only banks of the same "
                 "clips can be compared",
                 {name: (f"{len(pairs[1])} clips", f"{len(pairs[0])} clips")},
             )

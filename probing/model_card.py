@@ -10,9 +10,9 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from patchbank.pipeline.bank.markdown import code, code_block, escaped, one_line
 from patchbank.probing.artefact import ProbeArtefact
 from patchbank.probing.calibration import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
-from patchbank.probing.markdown import code, code_block, escaped, one_line
 from patchbank.probing.thresholds import DEFAULT_THRESHOLD
 
 NEEDS_NO_FILE = ("fake", "logmel", "tiny", "tiny-random")

@@ -20,6 +20,7 @@ from patchbank.probing.batch import TokenSource
 from patchbank.probing.checkpoint import State
 from patchbank.probing.entries import Entry
 from patchbank.probing.job import Job, Scores, stage_name, validation_values
+from patchbank.probing.mean_source import MeanSource
 from patchbank.probing.metrics import left_out, primary_metric
 from patchbank.probing.probes.base import Probe, Weights
 from patchbank.probing.search import Candidate, choose, search
@@ -104,6 +105,8 @@ def train_job(
         _check(task)
     entries = _checked_entries(job, probes)
     studies = [study_of(job.source, task, entry) for task in tasks for entry in entries]
+    if isinstance(job.source, MeanSource):
+        job.source.check({study.name: study.probe for study in studies})
     for study in studies:
         if study.probe.note:
             job.say(f"{study.name}: {study.probe.note}")

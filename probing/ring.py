@@ -22,9 +22,10 @@ from torch import Tensor
 
 from patchbank.pipeline.bank.direct import aligned_memory
 from patchbank.pipeline.bank.layout import ALIGNMENT_BYTES
+from patchbank.pipeline.bank.row_files import RowReader
 from patchbank.pipeline.errors import BankError
 from patchbank.probing.plan import BatchRows
-from patchbank.probing.row_readers import MappedRows, RowReader
+from patchbank.probing.row_readers import MappedRows
 
 N_SLOTS = 3
 """One in the consumer's hands, two under way."""

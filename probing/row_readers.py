@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Integer, Shaped, UInt8
 
 from patchbank.pipeline.bank.direct import aligned_memory
 from patchbank.pipeline.bank.places import ADVICE, RowPlaces
-from patchbank.pipeline.bank.row_files import RowFiles, RowMemory, check_present
+from patchbank.pipeline.bank.row_files import RowMemory, RowReader, check_present
 from patchbank.pipeline.errors import BankCorrupt, BankError
 
 RowNumbers = Integer[np.ndarray, " row"]
@@ -24,18 +24,6 @@ def check_announced(place: RowNumbers, rows: RowNumbers) -> None:
         raise BankError(
             f"row {row} has no tokens: it is a hole, or none of the rows that were asked for first"
         )
-
-
-@runtime_checkable
-class RowReader(Protocol):
-    """Puts rows into memory; called by several threads at once."""
-
-    stride: int
-    """Bytes from one row to the next in that memory."""
-
-    def read(self, rows: RowNumbers, into: RowMemory, at: RowNumbers) -> None:
-        """Writes `rows[i]` to `into[at[i]]`."""
-        ...
 
 
 class MappedRows:
@@ -107,7 +95,7 @@ class RamRows:
     Memory is taken as rows come, so that the first epoch runs at the speed of the disk.
     """
 
-    def __init__(self, files: RowFiles, rows: RowNumbers, *, n_rows: int) -> None:
+    def __init__(self, files: RowReader, rows: RowNumbers, *, n_rows: int) -> None:
         """`rows` of `n_rows` are those that will be asked for."""
         self.stride = files.stride
         self._files = files

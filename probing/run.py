@@ -21,6 +21,7 @@ from patchbank.probing.groups import read_groups
 from patchbank.probing.job import Job
 from patchbank.probing.labels import LabelSet, TaskKind, read_labels
 from patchbank.probing.leakage import check_leakage
+from patchbank.probing.mean_source import MeanSource
 from patchbank.probing.probes.probe_files import file_sha256
 from patchbank.probing.protocol import train_job
 from patchbank.probing.run_files import FinishedRun, TokenBank, rows_of, write_run
@@ -223,7 +224,11 @@ def _open_source(
     if source is not None:
         return source(layers)
     rows = rows_of([split for found in splits for split in found])
-    tokens = BankSource(cast(Bank, bank), list(layers), tier=tier, device=device, rows=rows)
+    opened = cast(Bank, bank)
+    if not opened.schema.holds_tokens:
+        say("tokens are not in the bank: probes read the stored means")
+        return MeanSource(opened, layers, device=device, rows=rows)
+    tokens = BankSource(opened, list(layers), tier=tier, device=device, rows=rows)
     say(f"tokens from {tokens.choice}")
     return tokens
 

@@ -22,6 +22,7 @@ SMALL_BYTES = 64 * 2**20
 """Tokens that are kept in memory wherever they come from: a copy costs nothing."""
 SMALL_ROW_BYTES = 64 * 2**10
 """Below this a direct read is mostly waiting."""
+FROM_AFAR = "from afar through the cache on this disk"
 SAMPLED_ROWS = 64
 TIMED_ROWS = 8
 MOSTLY = 0.9
@@ -56,6 +57,8 @@ class TierFacts:
     """One pass is all: keeping tokens would not pay."""
     row_bytes: int = 2**20
     """Of the largest array."""
+    is_remote: bool = False
+    """The bank lies elsewhere, and this disk keeps what was read of it."""
 
 
 def choose_tier(facts: TierFacts) -> TierChoice:
@@ -65,18 +68,21 @@ def choose_tier(facts: TierFacts) -> TierChoice:
         free_device = human_bytes(facts.free_device_bytes)
         return TierChoice("device", f"{size} fit into half of {free_device} on the GPU")
     fits = 2 * facts.n_bytes <= facts.free_bytes and not facts.reads_once
-    if fits and facts.n_bytes <= SMALL_BYTES:
+    if fits and facts.n_bytes <= SMALL_BYTES and not facts.is_remote:
         return TierChoice("ram", f"{size} are little")
     if facts.resident_share is not None and facts.resident_share >= MOSTLY:
         share = f"{facts.resident_share:.0%}"
         return TierChoice("read", f"the page cache holds {share} of {size} already")
+    afar = f", {FROM_AFAR}" if facts.is_remote else ""
     if fits:
-        return TierChoice("ram", f"{size} fit into half of {free} of free memory")
+        return TierChoice("ram", f"{size} fit into half of {free} of free memory{afar}")
+    why = "are read once" if facts.reads_once else f"do not fit into half of {free} of free memory"
+    if facts.is_remote:
+        return TierChoice("read", f"{size} {why}{afar}")
     if facts.n_bytes <= SMALL_BYTES:
         return TierChoice("read", f"{size} are little")
     if facts.row_bytes < SMALL_ROW_BYTES:
         return TierChoice("read", f"rows of {human_bytes(facts.row_bytes)} are small")
-    why = "are read once" if facts.reads_once else f"do not fit into half of {free} of free memory"
     if facts.direct_keeps_up:
         return TierChoice("direct", f"{size} {why}")
     slower = "is slower" if facts.direct_keeps_up is False else "is not to be had"
@@ -89,20 +95,23 @@ def look_at(
     *,
     free_device_bytes: int = 0,
     reads_once: bool = False,
+    is_remote: bool = False,
 ) -> TierFacts:
     """Sizes, memory, and a few reads of the largest array: some tens of milliseconds."""
     n_bytes = sum(len(rows) * _stride(place) for place in places)
     free_bytes = free_memory_bytes()
     largest = max(places, key=_stride, default=None)
     share = faster = None
-    if largest is not None and len(rows) and n_bytes > SMALL_BYTES:
+    if largest is not None and len(rows) and n_bytes > SMALL_BYTES and not is_remote:
         generator = np.random.default_rng(0)
         sample = generator.choice(rows, min(SAMPLED_ROWS, len(rows)), replace=False)
         share = resident_share(largest, sample)
         if 2 * n_bytes > free_bytes or reads_once:
             faster = _direct_keeps_up(largest, sample) if reads_directly(largest) else None
     row_bytes = 0 if largest is None else _stride(largest)
-    return TierFacts(n_bytes, free_bytes, free_device_bytes, share, faster, reads_once, row_bytes)
+    return TierFacts(
+        n_bytes, free_bytes, free_device_bytes, share, faster, reads_once, row_bytes, is_remote
+    )
 
 
 def _stride(places: RowPlaces) -> int:

@@ -165,7 +165,9 @@ def test_a_file_shorter_than_its_index_is_corrupt() -> None:
         pytest.param(1, 10, 2, 16, id="tiny tables have one shard"),
         pytest.param(3_200, 10, 2, 100, id="small tables have about 32 shards"),
         pytest.param(2_000_000, 786_432, 2, 512, id="large rows: 384 MiB"),
-        pytest.param(2_000_000, 40 * 2**20, 2, 223, id="few files before few bytes"),
+        pytest.param(2_040_000, 786_432, 2, 512, id="AudioSet: 3,985 shards"),
+        pytest.param(2_000_000, 20 * 2**20, 2, 500, id="few files before few bytes"),
+        pytest.param(2_000_000, 40 * 2**20, 2, 452, id="more files before 20 GB in one"),
         pytest.param(10_000_000, 786_432, 13, 7_226, id="huge tables stay under 20,000 files"),
     ],
 )
@@ -173,6 +175,23 @@ def test_rows_per_shard(n_rows: int, row_bytes: int, files: int, rows: int) -> N
     found = rows_per_shard(n_rows=n_rows, largest_row_bytes=row_bytes, files_per_shard=files)
     assert found == rows
     assert -(-n_rows // found) * files <= 20_000
+
+
+@given(
+    n_rows=st.integers(1, 10**8),
+    row_bytes=st.integers(1, 2 * 10**9),
+    files=st.integers(2, 30),
+)
+def test_folders_and_files_stay_small_enough_for_hubs(
+    n_rows: int, row_bytes: int, files: int
+) -> None:
+    found = rows_per_shard(n_rows=n_rows, largest_row_bytes=row_bytes, files_per_shard=files)
+    n_shards, layout = -(-n_rows // found), ShardLayout(found, row_bytes)
+    assert n_shards * files <= 20_000
+    if n_shards > 4_000:
+        assert (found + 1) * layout.row_stride_bytes > 19e9
+    if layout.file_bytes(found) >= 20e9:
+        assert -(-n_rows // (found - 1)) * files > 17_900
 
 
 def test_a_missing_row_reads_as_nan_through_zarr(tmp_path: Path) -> None:

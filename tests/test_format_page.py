@@ -25,6 +25,7 @@ from fake_bank import SETTINGS
 from format_reader import FormatReader
 
 from patchbank.pipeline.bank import Bank, layout, open_bank, reader
+from patchbank.pipeline.bank.join import join_banks
 from patchbank.pipeline.bank.schema import SmallArray, create_small_array
 from patchbank.pipeline.errors import BankCorrupt
 from patchbank.pipeline.extraction import ExtractionSettings, extract
@@ -354,6 +355,34 @@ def test_array_metadata_is_what_the_page_says(bank: Bank) -> None:
         assert meta["dimension_names"] == ["clip", axis, "packed" if is_packed else "dim"]
     n_patches = json.loads((bank.path / f"layers/{array.layer}/n_patches/zarr.json").read_bytes())
     assert (n_patches["fill_value"], n_patches["codecs"]) == (-1, [little])
+
+
+@pytest.mark.parametrize("source", ["two_layers", "grown_int8", "packed"])
+def test_a_bank_of_pooled_vectors_is_what_the_page_says(
+    source: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    whole = open_bank(request.getfixturevalue(source))
+    found = FormatReader(join_banks([whole], tmp_path / "p.bank", pooled_only=True).path)
+    assert found.card["storage"] == "pooled"
+    assert found.seal["fingerprint"] == whole.fingerprint
+    assert found.clips.equals(whole.clips)
+    small = {"mean", "max", "min", "n_patches"}
+    for layer in whole.layers:
+        folder = found.bank / f"layers/{layer}"
+        assert {path.name for path in folder.iterdir()} == {"zarr.json", *small}
+        for name in small:
+            path = f"layers/{layer}/{name}"
+            np.testing.assert_array_equal(found.array(path), FormatReader(whole.path).array(path))
+    assert {path.name for path in (found.bank / "golden").iterdir() if path.is_dir()} == {
+        "frames",
+        "waveform",
+    }
+    for shard in range(whole.schema.n_shards):
+        assert json.loads((found.bank / f"commits/{shard:05d}.json").read_bytes())["files"] == []
+    [origin] = found.card["derived_from"]
+    assert set(origin) == {"fingerprint", "root_sha256", "stored_dtype", "n_clips", "layers"}
+    names = {*origin, "splits"}
+    assert all(f"`{name}`" in PAGE.read_text("utf-8") for name in names)
 
 
 def flipped(file: Path, position: int) -> None:

@@ -54,7 +54,7 @@ from patchbank.probing import BatchLoader
 N_CLIPS = 20
 SHARD = "layers/1/patches/c.0.0.0"
 EVERY = settings(
-    max_examples=15,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     database=None,
@@ -238,7 +238,7 @@ def test_a_path_that_is_named_twice_is_refused(victim: Victim) -> None:
     seal["files"].append(seal["files"][0])
     with (
         victim.holding({"seal.json": rooted(seal)}, seal=False) as bank,
-        pytest.raises(BankCorrupt, match="a path is named twice"),
+        pytest.raises(BankCorrupt, match="is named twice"),
     ):
         open_bank(bank)
 
@@ -385,7 +385,7 @@ def with_column(clips: pa.Table, name: str, values: Any) -> pa.Table:
     return clips.set_column(clips.column_names.index(name), name, values)
 
 
-@settings(EVERY, max_examples=20)
+@settings(EVERY, max_examples=10)
 @given(seed=st.integers(0, 2**32))
 def test_random_bytes_in_the_clips_are_read_or_refused(victim: Victim, seed: int) -> None:
     content = random_flips(victim.whole["clips.parquet"], np.random.default_rng(seed))
@@ -525,7 +525,7 @@ def test_a_damaged_footer_does_not_end_the_process(clips: pa.Table, victim: Vict
     """pyarrow's own view of a column chunk aborts where its histograms have another length."""
     whole = victim.whole["clips.parquet"]
     footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
-    step = max(1, (len(whole) - footer) // 25)
+    step = max(1, (len(whole) - footer) // 12)
     for at in range(footer, len(whole) - 8, step):
         content = whole[:at] + bytes([whole[at] ^ 0x10]) + whole[at + 1 :]
         with victim.holding({"clips.parquet": content}) as bank:
@@ -592,7 +592,7 @@ def test_reseal_makes_the_digests_right(tmp_path: Path, victim: Victim) -> None:
     content = bytearray((bank / SHARD).read_bytes())
     content[0] ^= 1
     (bank / SHARD).write_bytes(content)
-    (bank / "extra").write_text("x")
+    (bank / "golden/extra.json").write_text("x")
     assert len(verify_bank(bank)) == 2
     reseal(bank)
     problems = verify_bank(bank)

@@ -402,8 +402,8 @@ def test_identities_that_do_not_follow_from_the_card_are_named(copy: Path) -> No
 def test_thousands_of_links_and_wrong_files_are_told_in_seconds(copy: Path) -> None:
     for index in range(3_000):
         (copy / f"layers/1/{index}").symlink_to("/dev/zero")
-        (copy / f"golden/{index}").write_text(f"{index}")
+        (copy / f"golden/{index}.json").write_text(f"{index}")
     reseal(copy)
     for index in range(3_000):
-        (copy / f"golden/{index}").write_text("x" * len(f"{index}"))
+        (copy / f"golden/{index}.json").write_text("x" * len(f"{index}"))
     assert len(verify_bank(copy)) == 6_000

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,13 +45,27 @@ def begin_bank(
     return True
 
 
-def derivation(bank: Bank) -> Json:
-    """What a card says of a bank that another one was made from."""
-    return {
+def shards_as_begun(folder: Path, schema: BankSchema) -> BankSchema:
+    """`schema` with as many rows in a shard as a bank that lies at `folder` was begun with.
+
+    That number is chosen when a bank is made; an older patchbank may have chosen another.
+    """
+    if not (folder / "zarr.json").is_file():
+        return schema
+    found = read_attributes(folder)["card"].get("rows_per_shard")
+    return replace(schema, rows_per_shard=found) if type(found) is int and found > 0 else schema
+
+
+def derivation(bank: Bank, *, splits: Sequence[str] = ()) -> Json:
+    """What a card says of a bank that another one was made from, by `splits` where it was cut."""
+    facts: Json = {
         "fingerprint": bank.fingerprint,
         "root_sha256": bank.root_sha256,
         "stored_dtype": bank.schema.stored_dtype,
+        "n_clips": bank.n_clips,
+        "layers": list(bank.layers),
     }
+    return facts | ({"splits": sorted(set(splits))} if splits else {})
 
 
 def environment_of(card: Json) -> Json:

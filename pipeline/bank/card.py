@@ -37,6 +37,7 @@ RECIPE_FIELDS = (
 bank that makes views."""
 LONGEST_TEXT = 65_536
 MOST_LAYERS = 1_000
+LARGEST_CARD_BYTES = 16 * 2**20
 
 
 def checked_schema(attributes: Json) -> BankSchema:
@@ -77,6 +78,18 @@ def _check_origin(card: Json) -> None:
     for parent in card.get("derived_from", []):
         as_digest(parent["fingerprint"])
         _text(parent["stored_dtype"], "derived_from.stored_dtype")
+        _count(parent.get("n_clips", 1), "derived_from.n_clips")
+        for layer in _listed(parent, "layers"):
+            _count(layer, "derived_from.layers")
+        for split in _listed(parent, "splits"):
+            _text(split, "derived_from.splits")
+
+
+def _listed(parent: Json, name: str) -> list[Any]:
+    found = parent.get(name, [])
+    if not isinstance(found, list) or len(found) > MOST_LAYERS:
+        raise ValueError(f"derived_from.{name} is {brief(found)}, expected a list")
+    return found
 
 
 def schema_of_card(card: Json) -> BankSchema:
@@ -219,12 +232,30 @@ def read_attributes(path: Path) -> Json:
     if not file.is_file():
         raise BankNotFound(f"no bank at {path}: there is no zarr.json")
     try:
-        document = parse_json(file.read_bytes())
-    except (OSError, ValueError) as error:
+        with file.open("rb") as opened:
+            content = opened.read(LARGEST_CARD_BYTES + 1)
+    except OSError as error:
+        raise BankCorrupt(
+            f"{file} cannot be read: {error.strerror}; pull the bank again"
+        ) from error
+    return parse_attributes(content, where=str(path))
+
+
+def parse_attributes(content: bytes, *, where: str) -> Json:
+    """The bank attributes that the bytes of a zarr.json hold; raises what `read_attributes` does.
+
+    `where` is the bank, for messages.
+    """
+    file = f"{where}/zarr.json"
+    if len(content) > LARGEST_CARD_BYTES:
+        raise BankCorrupt(f"{file} has more than {LARGEST_CARD_BYTES} bytes; pull the bank again")
+    try:
+        document = parse_json(content)
+    except ValueError as error:
         raise BankCorrupt(f"{file} is no JSON: {str(error)[:200]}; pull the bank again") from error
     attributes = document.get("attributes", {}) if isinstance(document, Mapping) else {}
     if not isinstance(attributes, Mapping) or "patchbank_format" not in attributes:
-        raise BankNotFound(f"{path} is a Zarr group but no bank: it has no patchbank_format")
+        raise BankNotFound(f"{where} is a Zarr group but no bank: it has no patchbank_format")
     version = attributes["patchbank_format"]
     if type(version) is not int or version < FORMAT_VERSION:
         raise BankCorrupt(
@@ -233,9 +264,9 @@ def read_attributes(path: Path) -> Json:
         )
     if version != FORMAT_VERSION:
         raise BankError(
-            f"{path} has bank format {version}; this patchbank reads format "
+            f"{where} has bank format {version}; this patchbank reads format "
             f"{FORMAT_VERSION}: pip install --upgrade patchbank"
         )
     if not isinstance(attributes.get("card"), Mapping):
-        raise BankCorrupt(f"{path / 'zarr.json'} has no card; pull the bank again")
+        raise BankCorrupt(f"{file} has no card; pull the bank again")
     return dict(attributes)

@@ -114,7 +114,7 @@ def _check_metadata(path: Path, file: pq.ParquetFile, schema: BankSchema) -> Non
         # Arrow reads on behind the columns of some of its versions.
         raise ValueError("another program wrote it")
     expected = dict(TYPES)
-    for array in schema.arrays():
+    for array in schema.described_arrays():
         expected[f"sha256_{array.column_suffix}"] = pa.string()
         expected[f"crc32c_{array.column_suffix}"] = pa.uint32()
     found = file.schema_arrow

@@ -24,6 +24,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from patchbank.pipeline.bank.seal_record import NO_JSON, SEAL, file_record, parse_json
+from patchbank.pipeline.bank.sealed_names import RECORDED_FOLDERS
 from patchbank.pipeline.bank.writer import FileRecord, fsync_folder, fsync_tree, write_durably
 from patchbank.pipeline.errors import BankCorrupt, BankError
 from patchbank.pipeline.specs import Json
@@ -196,7 +197,7 @@ def read_record(bank: Path, name: str) -> Json | None:
     try:
         record = parse_json(record_path(bank, name).read_bytes())
         for file in record["files"]:
-            file_record(file)
+            file_record(file, folders=RECORDED_FOLDERS)
     except FileNotFoundError:
         return None
     except (KeyError, TypeError, *NO_JSON) as error:
@@ -235,10 +236,24 @@ def recover_owned(bank: Path) -> None:
                     _publish(bank, draft.parent, record)
         if _missing_files(bank, record):
             record_path(bank, name).unlink(missing_ok=True)
+    clear_dead_attempts(bank)
+
+
+def clear_dead_attempts(bank: Path) -> None:
+    """Removes what attempts of dead processes have left; for who owns the bank."""
     for attempt in (bank / WORK).glob("*.*/"):
         with _dead(attempt) as is_dead:
             if is_dead:
                 shutil.rmtree(attempt, ignore_errors=True)
+
+
+def dead_attempts(bank: Path) -> list[Path]:
+    """Attempts whose processes are dead."""
+    found = []
+    for attempt in sorted((bank / WORK).glob("*.*/")):
+        with _dead(attempt) as is_dead:
+            found += [attempt] * is_dead
+    return found
 
 
 def live_attempts(bank: Path) -> set[str]:

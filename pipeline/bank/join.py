@@ -50,13 +50,15 @@ def join_banks(
     out: Path,
     *,
     layers: Sequence[int] | None = None,
+    pooled_only: bool = False,
     progress: OnShard | None = None,
 ) -> Bank:
     """The clips of `banks`, one bank after another, with all layers or some, as the bank `out`.
 
-    Shard files are hard links where `out` is on the same disk, else copies whose digests are
-    checked. The same call finishes what an earlier one began. Raises `BankMismatch` where recipes
-    or shard sizes differ, `BankError` where a clip is in two banks.
+    `pooled_only` leaves all tokens out, and keeps what was pooled of them. Shard files are hard
+    links where `out` is on the same disk, else copies whose digests are checked. The same call
+    finishes what an earlier one began. Raises `BankMismatch` where recipes or shard sizes differ,
+    `BankError` where a clip is in two banks.
     """
     check_joinable(banks)
     first = banks[0]
@@ -72,6 +74,7 @@ def join_banks(
         generations=tuple(n for bank in banks for n in bank.schema.generations),
         layers=tuple(chosen),
         grids={spec.layer: first.schema.grids[spec.layer] for spec in chosen},
+        storage="pooled" if pooled_only else first.schema.storage,
     )
     if schema.n_files > MAX_FILES:
         raise BankError(
@@ -83,7 +86,7 @@ def join_banks(
     constants = {
         spec.layer: first.constants(spec.layer).arrays()
         for spec in chosen
-        if schema.stored.is_quantised
+        if schema.stored.is_quantised and schema.holds_tokens
     }
     if begin_bank(out, schema, attributes, constants):
         copy_golden(first, out, schema)
@@ -112,29 +115,32 @@ def check_joinable(banks: Sequence[Bank]) -> None:
     if len({bank.schema.storage for bank in banks}) > 1:
         found = [bank.schema.storage for bank in banks]
         raise BankMismatch(
-            "an archive cannot be joined with banks to train from; make one of the other first: "
-            "patchbank bank convert",
+            "pooled vectors cannot be joined with tokens; leave the tokens of the others out "
+            "first: patchbank bank convert --pooled-only"
+            if "pooled" in found
+            else "an archive cannot be joined with banks to train from; make one of the other "
+            "first: patchbank bank convert",
             {"storage": (found, [first.schema.storage] * len(banks))},
         )
     for bank in banks[1:]:
         if bank.recipe_id != first.recipe_id:
             raise BankMismatch(
-                f"{bank.path} holds other tokens than {first.path}; only banks of one recipe can "
+                f"{bank.where} holds other tokens than {first.where}; only banks of one recipe can "
                 "be merged",
                 recipe_differences(recipe_of_card(bank.card), recipe_of_card(first.card)),
             )
-    owners: dict[tuple[str, int], Path] = {}
+    owners: dict[tuple[str, int], str] = {}
     for bank in banks:
         table = table_of(bank.clips)
         for key in zip(table["clip_id"].to_pylist(), table["view"].to_pylist(), strict=True):
-            owner = owners.setdefault(key, bank.path)
-            if owner != bank.path:
+            owner = owners.setdefault(key, bank.where)
+            if owner != bank.where:
                 raise BankError(
-                    f"clip {key[0]}, view {key[1]}, is in {owner} and in {bank.path}; take it out "
+                    f"clip {key[0]}, view {key[1]}, is in {owner} and in {bank.where}; take it out "
                     "of one: patchbank bank convert --clips"
                 )
-    if len({bank.path.resolve() for bank in banks}) < len(banks):
-        twice = Counter(str(bank.path) for bank in banks).most_common(1)[0][0]
+    if len({Path(bank.where).resolve() for bank in banks}) < len(banks):
+        twice = Counter(bank.where for bank in banks).most_common(1)[0][0]
         raise BankError(f"{twice} is named twice; name each bank once")
 
 
@@ -153,7 +159,7 @@ def joined_table(banks: Sequence[Bank]) -> pa.Table:
 
 def _attributes(banks: Sequence[Bank], schema: BankSchema, table: pa.Table) -> Json:
     return attributes_of_card(
-        banks[0].card
+        card_of_storage(banks[0].card, schema)
         | {
             "layers": layers_of_schema(schema),
             "n_rows": schema.n_rows,
@@ -163,6 +169,12 @@ def _attributes(banks: Sequence[Bank], schema: BankSchema, table: pa.Table) -> J
         }
         | quantisation_of_layers(banks[0], schema)
     )
+
+
+def card_of_storage(card: Json, schema: BankSchema) -> Json:
+    """A card that says how the rows of `schema` are stored."""
+    kept = {key: value for key, value in card.items() if key != "storage"}
+    return kept if schema.storage == "aligned" else kept | {"storage": schema.storage}
 
 
 def quantisation_of_layers(bank: Bank, schema: BankSchema) -> Json:
@@ -180,15 +192,17 @@ def copy_golden(bank: Bank, out: Path, schema: BankSchema) -> None:
     """Commits the golden clip of `bank` to `out`, with the layers of `schema`."""
     if read_record(out, "golden") is not None:
         return
-    arrays = {f"tokens_{array.column_suffix}" for array in schema.arrays()}
     with unless_committed(out, "golden"), open_attempt(out, "golden") as attempt:
-        files = []
-        for name in sorted(bank.seal.files):
-            folder, _, rest = name.partition("/")
-            is_kept = rest.split("/")[0] in {"zarr.json", "frames", "waveform", *arrays}
-            if folder == "golden" and is_kept:
-                files.append(_take_file(bank, name, attempt, name))
+        files = [_take_file(bank, name, attempt, name) for name in golden_files(bank, schema)]
         commit(out, attempt, "golden", files, {})
+
+
+def golden_files(bank: Bank, schema: BankSchema) -> list[str]:
+    """The files of a bank's golden clip that one of `schema` needs."""
+    arrays = {f"tokens_{array.column_suffix}" for array in schema.arrays()}
+    kept = {"zarr.json", "frames", "waveform", *arrays}
+    parts = {name: name.split("/") for name in sorted(bank.seal.files)}
+    return [name for name, part in parts.items() if part[0] == "golden" and part[1] in kept]
 
 
 def _take_shard(
@@ -209,9 +223,11 @@ def _take_shard(
 
 def source_record(bank: Bank, shard: int) -> Json:
     """The commit record of a shard of a sealed bank; `BankCorrupt` where it is missing."""
-    record = read_record(bank.path, shard_name(shard))
+    record = None
+    if (name := f"commits/{shard_name(shard)}.json") in bank.seal.files:
+        record = read_record(bank.files([name])[0].parents[1], shard_name(shard))
     if record is None:
-        raise BankCorrupt(f"{bank.path}: commits/{shard_name(shard)}.json is missing; {ADVICE}")
+        raise BankCorrupt(f"{bank.where}: {name} is missing; {ADVICE}")
     return record
 
 
@@ -232,7 +248,7 @@ def environments_of(bank: Bank, shard: int) -> list[Json]:
 
 def _take_file(bank: Bank, name: str, folder: Path, target: str) -> FileRecord:
     """Links a sealed file into `folder`, or copies it; a copy is compared with its digest."""
-    source, copy = bank.path / name, folder / target
+    [source], copy = bank.files([name]), folder / target
     copy.parent.mkdir(parents=True, exist_ok=True)
     sealed = bank.seal.files[name]
     try:
@@ -242,6 +258,7 @@ def _take_file(bank: Bank, name: str, folder: Path, target: str) -> FileRecord:
         shutil.copyfile(source, copy)
         if hash_file(copy, relative_to=folder).sha256 != sealed.sha256:
             raise BankCorrupt(
-                f"{bank.path}: {name} does not match its SHA-256; patchbank bank verify {bank.path}"
+                f"{bank.where}: {name} does not match its SHA-256; patchbank bank verify "
+                f"{bank.where}"
             ) from None
     return FileRecord(target, sealed.size, sealed.sha256)

@@ -21,6 +21,10 @@ MAX_ROWS_PER_SHARD = 512
 MIN_ROWS_PER_SHARD = 16
 MAX_SHARD_BYTES = 384 * 2**20
 MAX_FILES = 20_000
+MAX_SHARDS = 4_000
+"""Of a bank that is made at once: hubs take at most 10,000 files in a folder, and a bank grows."""
+MAX_FILE_BYTES = 19 * 10**9
+"""Rows of a shard file at most, with the padding; hubs ask for files below 20 GB."""
 MISSING = np.uint64(2**64 - 1)
 _CHECKSUM_BYTES = 4
 
@@ -146,11 +150,14 @@ def _checked_offsets(
 def rows_per_shard(*, n_rows: int, largest_row_bytes: int, files_per_shard: int) -> int:
     """Rows in a shard, from the table and the recipe alone.
 
-    At most 512 rows and 384 MiB, at least 16 rows, about 32 shards for small tables, and more rows
-    where the bank would otherwise have over 20,000 files.
+    At most 512 rows and 384 MiB, at least 16 rows, about 32 shards for small tables. More rows
+    where there would otherwise be over 4,000 shards, as long as a file stays below 20 GB, and where
+    the bank would otherwise have over 20,000 files.
     """
     by_count = max(MIN_ROWS_PER_SHARD, n_rows // 32)
     by_bytes = max(1, MAX_SHARD_BYTES // largest_row_bytes)
     rows = min(MAX_ROWS_PER_SHARD, by_bytes, by_count)
+    in_a_file = max(1, MAX_FILE_BYTES // ShardLayout(1, largest_row_bytes).row_stride_bytes)
+    for_hubs = min(-(-n_rows // MAX_SHARDS), in_a_file)
     most_shards = MAX_FILES * 9 // 10 // files_per_shard
-    return max(rows, -(-n_rows // most_shards))
+    return max(rows, for_hubs, -(-n_rows // most_shards))

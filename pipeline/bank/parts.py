@@ -66,7 +66,7 @@ def _digest_columns(
     digests: Mapping[str, Sequence[RowDigest]], schema: BankSchema
 ) -> dict[str, pa.Array]:
     columns = {}
-    for suffix in (array.column_suffix for array in schema.arrays()):
+    for suffix in (array.column_suffix for array in schema.described_arrays()):
         columns[f"sha256_{suffix}"] = pa.array([d.sha256 for d in digests[suffix]])
         columns[f"crc32c_{suffix}"] = pa.array([d.crc32c for d in digests[suffix]], "uint32")
     return columns

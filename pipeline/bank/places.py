@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,10 @@ SHARDS_AT_ONCE = 64
 """Whose indices are checked together."""
 READ_THREADS = 8
 """So many disk accesses are waited for at once."""
+Tail = tuple[bytes, int]
+"""The last bytes of a shard file, and its size."""
+TailReader = Callable[[Sequence[str], int], Sequence[Tail]]
+"""Takes the names of shard files and how many bytes are wanted; a file may have fewer."""
 WAITING_S = 150e-6
 """A shard that takes longer is waited for; what the page cache holds takes a third of it."""
 
@@ -40,17 +45,30 @@ class RowPlaces:
     def shard_of(self, row: int) -> int:
         return row // self.rows_per_shard
 
+    def span(self, row: int) -> tuple[int, int]:
+        """Offset and length."""
+        return int(self.offset[row]), int(self.length[row])
 
-def read_places(bank: Path, schema: BankSchema, array: TokenArray) -> RowPlaces:
+
+def read_places(
+    bank: Path, schema: BankSchema, array: TokenArray, *, read_tails: TailReader | None = None
+) -> RowPlaces:
     """The places of all rows of an array, at the cost of one small read a shard.
 
+    `read_tails` gives the ends of shard files that do not lie in `bank`.
     Raises `BankCorrupt` where an index cannot be read or is damaged, or a clip's row is missing.
     """
     offset = np.full(schema.n_rows, -1, np.int64)
     length = np.zeros(schema.n_rows, np.int64)
 
     def read(shards: range) -> None:
-        for shard, spans in zip(shards, _spans(bank, schema, array, shards), strict=True):
+        names = [array.shard_path(shard) for shard in shards]
+        n_bytes = array.layout(schema.rows_per_shard).index_bytes
+        if read_tails is None:
+            tails: Sequence[Tail] = [_read_tail(bank, name, n_bytes) for name in names]
+        else:
+            tails = read_tails(names, n_bytes)
+        for shard, spans in zip(shards, _spans(schema, array, names, tails), strict=True):
             rows = schema.rows_of(shard)
             own = slice(rows.start, rows.stop)
             offset[own], length[own] = spans[: len(rows)].T
@@ -75,12 +93,11 @@ def read_places(bank: Path, schema: BankSchema, array: TokenArray) -> RowPlaces:
 
 
 def _spans(
-    bank: Path, schema: BankSchema, array: TokenArray, shards: range
+    schema: BankSchema, array: TokenArray, names: Sequence[str], found: Sequence[Tail]
 ) -> Int64[np.ndarray, "shard slot 2"]:
     """Offset and length of each slot's row; -1 and 0 for empty ones."""
     layout = array.layout(schema.rows_per_shard)
-    names = [array.shard_path(shard) for shard in shards]
-    tails, sizes = zip(*(_read_tail(bank, name, layout.index_bytes) for name in names), strict=True)
+    tails, sizes = zip(*found, strict=True)
     if schema.is_archive:
         return np.stack(
             [
@@ -92,7 +109,7 @@ def _spans(
     return np.stack([offsets, np.where(offsets < 0, 0, array.row_bytes)], axis=2)
 
 
-def _read_tail(bank: Path, name: str, n_bytes: int) -> tuple[bytes, int]:
+def _read_tail(bank: Path, name: str, n_bytes: int) -> Tail:
     """The last bytes of a shard file, and its size."""
     try:
         descriptor = os.open(f"{bank}/{name}", os.O_RDONLY)

@@ -10,7 +10,7 @@ channels, so that a few large channels do not take the range from all others.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -88,26 +88,31 @@ def block_rotation(dim: int) -> Float32[np.ndarray, "block block"]:
     return np.asarray(matrix * signs / np.sqrt(block), np.float32)
 
 
-def load_constants(bank: Path, card: Json, layer: int) -> ChannelConstants:
+def constant_files(layer: int, dtype: StoredDType) -> list[str]:
+    """Where the constants of a layer lie inside a bank."""
+    chunks = [f"{name}/c.0" for name in CONSTANTS] + ["rotation/c.0.0"] * (dtype == "int4")
+    return [f"layers/{layer}/{chunk}" for chunk in chunks]
+
+
+def load_constants(
+    files: Sequence[Path], card: Json, layer: int, *, where: str
+) -> ChannelConstants:
     """The constants of a layer of a bank, sealed or not; `BankCorrupt` where they are not those
-    that its card names."""
-    folder = bank / f"layers/{layer}"
+    that its card names.
+
+    `files` are those of `constant_files`; `where` is the bank, for messages.
+    """
     try:
-        dim, block = int(card["layers"][str(layer)]["dim"]), None
-        shift, scale = (_vector(folder / name / "c.0", dim) for name in CONSTANTS)
-        if card["stored_dtype"] == "int4":
-            block = rotation_block(dim)
-        rotation = (
-            None
-            if block is None
-            else _vector(folder / "rotation/c.0.0", block * block).reshape(block, block)
-        )
+        dim = int(card["layers"][str(layer)]["dim"])
+        shift, scale = (_vector(path, dim) for path in files[:2])
+        block = rotation_block(dim)
+        rotation = _vector(files[2], block * block).reshape(block, block) if files[2:] else None
         constants = ChannelConstants(shift, scale, rotation)
         if constants.sha256 != card["quantisation"]["constants_sha256"][str(layer)]:
             raise ValueError("the card names others")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BankCorrupt(
-            f"{bank}: channel constants of layer {layer} are damaged ({error}); pull the bank "
+            f"{where}: channel constants of layer {layer} are damaged ({error}); pull the bank "
             "again, or remove it and extract"
         ) from error
     return constants

@@ -17,7 +17,8 @@ from patchbank.pipeline.bank.assembly import CLIPS
 from patchbank.pipeline.bank.card import checked_schema, read_attributes
 from patchbank.pipeline.bank.clip_table import read_clips, read_status
 from patchbank.pipeline.bank.places import ADVICE, RowPlaces, read_places
-from patchbank.pipeline.bank.quantised import ChannelConstants, load_constants
+from patchbank.pipeline.bank.quantised import ChannelConstants, constant_files, load_constants
+from patchbank.pipeline.bank.row_files import RowFiles, RowReader, read_span
 from patchbank.pipeline.bank.schema import (
     FORMAT_VERSION,
     BankSchema,
@@ -47,6 +48,20 @@ class Bank:
         self.schema = schema
 
     @property
+    def where(self) -> str:
+        """The place that it was opened from, for messages."""
+        return str(self.path)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether its tokens lie elsewhere, so that no file of theirs can be mapped."""
+        return False
+
+    def files(self, names: Sequence[str]) -> list[Path]:
+        """Files of the bank, tokens aside, as files of this disk."""
+        return [self.path / name for name in names]
+
+    @property
     def fingerprint(self) -> str:
         return self.seal.fingerprint
 
@@ -73,9 +88,10 @@ class Bank:
     def clips(self) -> pa.Table:
         """clips.parquet, one row a bank row, in order; `BankCorrupt` where it cannot be trusted."""
         with self._as_opened():
-            clips = read_clips(self.path / CLIPS, self.schema)
+            [path] = self.files([CLIPS])
+            clips = read_clips(path, self.schema)
             for problem in view_column_problems(clips, self.card, n_clips=self.n_clips):
-                raise BankCorrupt(f"{self.path / CLIPS}: {problem}; {ADVICE}")
+                raise BankCorrupt(f"{path}: {problem}; {ADVICE}")
             return clips
 
     @contextmanager
@@ -98,7 +114,7 @@ class Bank:
     def status(self) -> Int32[np.ndarray, " row"]:
         """1 done, 2 failed, 3 hole; of all columns of `clips` only this one is read."""
         with self._as_opened():
-            status = read_status(self.path / CLIPS, self.schema)
+            status = read_status(self.files([CLIPS])[0], self.schema)
         status.flags.writeable = False
         return status
 
@@ -107,16 +123,25 @@ class Bank:
         if layer is None:
             return self.layers[-1]
         if layer not in self.layers:
-            raise BankError(f"{self.path} has no layer {layer}; it has {list(self.layers)}")
+            raise BankError(f"{self.where} has no layer {layer}; it has {list(self.layers)}")
         return layer
 
     def array(self, layer: int, kind: str = "patches") -> TokenArray:
         """The sharded array of a layer; `BankError` where there is none of that kind."""
         layer = self.resolve_layer(layer)
+        self.require_tokens()
         for array in self.schema.arrays():
             if (array.layer, array.kind) == (layer, kind):
                 return array
-        raise BankError(f"{self.path}: layer {layer} has no {kind} tokens")
+        raise BankError(f"{self.where}: layer {layer} has no {kind} tokens")
+
+    def require_tokens(self) -> None:
+        """Raises `BankError` where the bank holds pooled vectors only."""
+        if not self.schema.holds_tokens:
+            raise BankError(
+                f"{self.where} holds pooled vectors only (mean, max, min), no tokens; "
+                "`patchbank bank pull` the bank that it was made from without --pooled-only"
+            )
 
     def n_patches(self, layer: int) -> Int32[np.ndarray, " row"]:
         """Patches that count in each row: 0 in a failed one, -1 in a hole."""
@@ -127,7 +152,7 @@ class Bank:
         if wrong.any():
             row = int(np.argmax(wrong))
             raise BankCorrupt(
-                f"{self.path}: layers/{layer}/n_patches: row {row} counts {counts[row]} patches "
+                f"{self.where}: layers/{layer}/n_patches: row {row} counts {counts[row]} patches "
                 f"of {most}; {ADVICE}"
             )
         return counts
@@ -142,14 +167,18 @@ class Bank:
 
     def constants(self, layer: int) -> ChannelConstants:
         """Channel shift and scale of a quantised layer; checked against the card."""
-        return load_constants(self.path, self.card, self.resolve_layer(layer))
+        self.require_tokens()
+        layer = self.resolve_layer(layer)
+        with self._as_opened():
+            files = self.files(constant_files(layer, self.schema.stored_dtype))
+            return load_constants(files, self.card, layer, where=self.where)
 
     def _small_array(self, layer: int, name: str) -> SmallArray:
         layer = self.resolve_layer(layer)
         for array in self.schema.small_arrays():
             if (array.layer, array.name) == (layer, name):
                 return array
-        raise BankError(f"{self.path}: layer {layer} has no {name}")
+        raise BankError(f"{self.where}: layer {layer} has no {name}")
 
     def small(self, array: SmallArray, rows: range | None = None) -> Shaped[np.ndarray, "row ..."]:
         """Values of an unsharded array for `rows`, all where None.
@@ -158,12 +187,14 @@ class Bank:
         """
         rows = range(self.n_rows) if rows is None else rows
         per_chunk = array.chunk_rows(self.n_rows)
+        chunks = range(rows.start // per_chunk, -(-rows.stop // per_chunk))
+        with self._as_opened():
+            paths = self.files([chunk_path(array, chunk) for chunk in chunks])
         out = np.empty((len(rows), *array.row_shape), array.dtype)
-        for chunk in range(rows.start // per_chunk, -(-rows.stop // per_chunk)):
+        for chunk, path in zip(chunks, paths, strict=True):
             first = chunk * per_chunk
             part = range(max(rows.start, first), min(rows.stop, first + per_chunk))
             inside = range(part.start - first, part.stop - first)
-            path = self.path / chunk_path(array, chunk)
             place = slice(part.start - rows.start, part.stop - rows.start)
             with self._as_opened():
                 out[place] = _read_rows(path, array.dtype, array.row_shape, inside, per_chunk)
@@ -189,14 +220,22 @@ class Bank:
         """
         if self.schema.is_archive:
             raise BankError(
-                f"{self.path} is an archive: its tokens are compressed; make a bank of it with "
-                f"`patchbank bank convert {self.path} --out ...`"
+                f"{self.where} is an archive: its tokens are compressed; make a bank of it with "
+                f"`patchbank bank convert {self.where} --out ...`"
             )
         return self.stored_places(layer, kind)
 
     def stored_places(self, layer: int, kind: str = "patches") -> RowPlaces:
         """`places`, of an archive too: where its compressed rows lie."""
         return read_places(self.path, self.schema, self.array(layer, kind))
+
+    def row_reader(self, places: RowPlaces, *, direct: bool, most_open: int) -> RowReader:
+        """What reads whole rows into memory, with O_DIRECT or through the page cache."""
+        return RowFiles(places, direct=direct, most_open=most_open)
+
+    def stored_rows(self, places: RowPlaces, rows: Sequence[int]) -> list[bytes]:
+        """The bytes of some rows as they are stored, unchecked."""
+        return [read_span(places.files[places.shard_of(row)], *places.span(row)) for row in rows]
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process reads the clip table for itself.
@@ -235,8 +274,16 @@ def _read_rows(
 def open_bank(path: Path | str) -> Bank:
     """A sealed bank, after a check of its seal and of every file's size.
 
-    Raises `BankNotFound`, `BankIncomplete` (no seal) or `BankCorrupt`.
+    Of an address, such as s3://team/banks/x.bank, rows come when they are read, and each is
+    compared with its SHA-256. Raises `BankNotFound`, `BankIncomplete` (no seal), `BankCorrupt`, or
+    `BankError` where the settings want a signature; `StoreError` where the address cannot be read.
     """
+    from patchbank.pipeline.sharing.stores import is_url
+
+    if is_url(path):
+        from patchbank.pipeline.sharing.remote_bank import open_remote
+
+        return open_remote(str(path))
     bank = Path(path)
     while True:
         seal = seal_bytes(bank)
@@ -252,25 +299,42 @@ def open_bank(path: Path | str) -> Bank:
         if problem is not None:
             raise problem
         assert opened is not None
+        assert seal is not None
+        _check_signed(bank, seal)
         return opened
 
 
+def _check_signed(bank: Path, seal: bytes) -> None:
+    """Raises `BankError` where this user opens signed banks only, and this one is not."""
+    from patchbank.pipeline.sharing.settings import load_settings
+
+    if load_settings().require_signature == "open":
+        from patchbank.pipeline.sharing.trust import check_opened
+
+        check_opened(bank, seal)
+
+
 def _checked_bank(bank: Path, attributes: Json, seal: Seal) -> Bank:
-    if not seal.matches_root:
-        raise BankCorrupt(f"{bank}: seal.json does not match its own root hash; {ADVICE}")
-    if seal.format != FORMAT_VERSION:
-        raise BankCorrupt(f"{bank}: {SEAL} has format {seal.format!r}, zarr.json {FORMAT_VERSION}")
     # Everything that is decided later rests on the card; the other files only have to be there.
     if hash_file(bank / "zarr.json", relative_to=bank) != seal.files.get("zarr.json"):
         raise BankCorrupt(f"{bank}: zarr.json is not the one that was sealed; {ADVICE}")
+    return Bank(bank, attributes, seal, sealed_schema(attributes, seal, where=str(bank)))
+
+
+def sealed_schema(attributes: Json, seal: Seal, *, where: str) -> BankSchema:
+    """The shapes of a bank whose zarr.json is the sealed one; `BankCorrupt` where seal and card do
+    not fit each other. `where` is the bank, for messages."""
+    if not seal.matches_root:
+        raise BankCorrupt(f"{where}: seal.json does not match its own root hash; {ADVICE}")
+    if seal.format != FORMAT_VERSION:
+        raise BankCorrupt(f"{where}: {SEAL} has format {seal.format!r}, zarr.json {FORMAT_VERSION}")
     if seal.recipe_id != attributes.get("recipe_id"):
-        raise BankCorrupt(f"{bank}: zarr.json and seal.json name different recipes; {ADVICE}")
+        raise BankCorrupt(f"{where}: zarr.json and seal.json name different recipes; {ADVICE}")
     try:
         schema = checked_schema(attributes)
-        opened = Bank(bank, attributes, seal, schema)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         reason = f"{type(error).__name__} {str(error)[:200]}"
-        raise BankCorrupt(f"{bank}: the card is damaged: {reason}; {ADVICE}") from error
+        raise BankCorrupt(f"{where}: the card is damaged: {reason}; {ADVICE}") from error
     for problem in shape_problems(schema, seal):
-        raise BankCorrupt(f"{bank}: {problem}; {ADVICE}")
-    return opened
+        raise BankCorrupt(f"{where}: {problem}; {ADVICE}")
+    return schema

@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Integer, UInt8
@@ -30,6 +31,20 @@ MOST_OPEN_FILES = 512
 _LIBC = ctypes.CDLL(None)
 RowMemory = UInt8[np.ndarray, "slot byte"]
 """Rows in their padded form, each `row_stride_bytes` long; begins on a page for direct reads."""
+
+
+@runtime_checkable
+class RowReader(Protocol):
+    """Puts rows into memory; called by several threads at once."""
+
+    stride: int
+    """Bytes from one row to the next in that memory."""
+
+    def read(
+        self, rows: Integer[np.ndarray, " row"], into: RowMemory, at: Integer[np.ndarray, " row"]
+    ) -> None:
+        """Writes `rows[i]` to `into[at[i]]`."""
+        ...
 
 
 class RowFiles:
@@ -127,6 +142,15 @@ def _runs(
         shard, offset, slot, n_rows = its_shard, its_offset, its_slot, 1
     if n_rows > 0:
         yield shard, offset, slot, n_rows
+
+
+def read_span(path: Path, offset: int, n_bytes: int) -> bytes:
+    """Some bytes of a file, fewer where it ends."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, n_bytes, offset)
+    finally:
+        os.close(descriptor)
 
 
 def reads_directly(places: RowPlaces) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -25,8 +23,8 @@ class BankRows:
     def __init__(self, bank: Bank, schema: BankSchema | None = None) -> None:
         """`schema` is that of the bank that they go to, where it has fewer layers."""
         self._bank = bank
-        kept = set(digest_columns((schema or bank.schema).arrays()))
-        dropped = set(digest_columns(bank.schema.arrays())) - kept
+        kept = set(digest_columns((schema or bank.schema).described_arrays()))
+        dropped = set(digest_columns(bank.schema.described_arrays())) - kept
         self._columns = [name for name in bank.clips.column_names if name not in dropped]
         self.n_rows = bank.n_rows
 
@@ -47,21 +45,24 @@ class RowBytes:
 
     def read(self, row: int) -> Shaped[np.ndarray, "token dim"]:
         """The stored tokens of a row; `BankCorrupt` where they are not those of its checksum."""
-        array, path = self._array, self._places.files[self._places.shard_of(row)]
-        data = _read_at(path, int(self._places.offset[row]), int(self._places.length[row]))
+        return self.read_all([row])[0]
+
+    def read_all(self, rows: Sequence[int]) -> list[Shaped[np.ndarray, "token dim"]]:
+        """The same of several, which come together where they come from afar."""
+        stored = self._bank.stored_rows(self._places, rows)
+        return [self._checked(row, data) for row, data in zip(rows, stored, strict=True)]
+
+    def _checked(self, row: int, data: bytes) -> Shaped[np.ndarray, "token dim"]:
+        array = self._array
         try:
             tokens = self._decoded(data)
+            if crc32c(tokens) != self._crc32c[row]:
+                raise ValueError("the bytes do not match their checksum")
         except ValueError as error:
-            name = path.relative_to(self._bank.path)
+            name = array.shard_path(self._places.shard_of(row))
             raise BankCorrupt(
-                f"{self._bank.path}: shard {name}, row {row}: {error}; {ADVICE}"
+                f"{self._bank.where}: shard {name}, row {row}: {error}; {ADVICE}"
             ) from error
-        if crc32c(tokens) != self._crc32c[row]:
-            name = path.relative_to(self._bank.path)
-            raise BankCorrupt(
-                f"{self._bank.path}: shard {name}, row {row}: the bytes do not match their "
-                f"checksum; {ADVICE}"
-            )
         return np.frombuffer(tokens, array.dtype).reshape(array.n_tokens, array.width)
 
     def _decoded(self, data: bytes) -> bytes:
@@ -85,16 +86,17 @@ class TokenFloats:
         ]
 
     def read(self, row: int) -> Float32[np.ndarray, "token dim"]:
-        tokens = self._bytes.read(row)
+        return self.read_all([row])[0]
+
+    def read_all(self, rows: Sequence[int]) -> list[Float32[np.ndarray, "token dim"]]:
+        """The tokens of several rows, which come together where they come from afar."""
+        stored = self._bytes.read_all(rows)
+        return [self._floats(row, tokens) for row, tokens in zip(rows, stored, strict=True)]
+
+    def _floats(
+        self, row: int, tokens: Shaped[np.ndarray, "token width"]
+    ) -> Float32[np.ndarray, "token dim"]:
         if self._constants is None:
             return self._stored.to_float(tokens).astype(np.float32)
         scale = self._bank.small(self._scales[0], range(row, row + 1))[0]
         return self._constants.dequantise(self._stored.to_codes(tokens), scale)
-
-
-def _read_at(path: Path, offset: int, n_bytes: int) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        return os.pread(descriptor, n_bytes, offset)
-    finally:
-        os.close(descriptor)

@@ -18,6 +18,9 @@ from patchbank.pipeline.bank.schema import DONE
 from patchbank.pipeline.errors import BankError
 from patchbank.pipeline.specs import human_bytes
 
+ROWS_AT_ONCE = 32
+"""That are on their way together from a bank that lies elsewhere."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RowsView:
@@ -78,15 +81,18 @@ class RowsView:
         if copy is False:
             raise ValueError("tokens of a bank have to be read: an array of them is a copy")
         tokens = np.empty(self.shape, self.dtype if dtype is None else dtype)
-        for place, row in enumerate(self.rows.tolist()):
-            tokens[place] = self._tokens.read(row)
+        rows = self.rows.tolist()
+        for first in range(0, len(rows), ROWS_AT_ONCE):
+            some = rows[first : first + ROWS_AT_ONCE]
+            for place, found in enumerate(self._tokens.read_all(some), first):
+                tokens[place] = found
         return tokens
 
     def __repr__(self) -> str:
         n_clips, n_patches, dim = self.shape
         return (
             f"RowsView(clip={n_clips}, patch={n_patches}, dim={dim}, {self.dtype}, "
-            f"{human_bytes(self.nbytes)}: layer {self.layer} of {self.bank.path})"
+            f"{human_bytes(self.nbytes)}: layer {self.layer} of {self.bank.where})"
         )
 
     @cached_property
@@ -115,7 +121,7 @@ def rows_view(bank: Bank, layer: int | None, rows: np.ndarray | Sequence[int] | 
     if len(found) and not 0 <= found.min() <= found.max() < bank.n_rows:
         raise BankError(
             f"found rows from {found.min()} to {found.max()}, expected 0 to {bank.n_rows - 1} in "
-            f"{bank.path}"
+            f"{bank.where}"
         )
     if (without := found[bank.status[found] != DONE]).size:
         raise BankError(

@@ -33,7 +33,7 @@ DONE, FAILED, HOLE = 1, 2, 3
 POOLED = ("mean", "max", "min")
 SMALL_CHUNK_ROWS = 65_536
 STALE_DRAFT_S = 3_600
-Storage = Literal["aligned", "blosc"]
+Storage = Literal["aligned", "blosc", "pooled"]
 
 
 @dataclass(frozen=True)
@@ -114,11 +114,16 @@ class BankSchema:
     grids: Mapping[int, Grid]
     stored_dtype: StoredDType = "float16"
     storage: Storage = "aligned"
-    """"aligned": rows as they are, at 4,096-byte boundaries; "blosc": compressed, an archive."""
+    """"aligned": rows as they are, at 4,096-byte boundaries; "blosc": compressed, an archive;
+    "pooled": no tokens, only what was pooled of them."""
 
     @property
     def is_archive(self) -> bool:
-        return self.storage != "aligned"
+        return self.storage == "blosc"
+
+    @property
+    def holds_tokens(self) -> bool:
+        return self.storage != "pooled"
 
     @property
     def stored(self) -> StoredType:
@@ -171,7 +176,11 @@ class BankSchema:
         return range(before + rows.start - first, before + rows.stop - first)
 
     def arrays(self) -> list[TokenArray]:
-        """The sharded arrays, by layer, patches before prefix."""
+        """The sharded arrays, by layer, patches before prefix; none of pooled vectors only."""
+        return self.described_arrays() if self.holds_tokens else []
+
+    def described_arrays(self) -> list[TokenArray]:
+        """The token arrays whose rows clips.parquet has digests of, stored here or not."""
         arrays = []
         for spec in self.layers:
             n_patches, prefix = self.grids[spec.layer].n_patches, prefix_type(self.stored)
@@ -185,7 +194,7 @@ class BankSchema:
         arrays = []
         for spec in self.layers:
             arrays.append(SmallArray(spec.layer, "n_patches", (), "int32", ("clip",)))
-            if self.stored.is_quantised:
+            if self.stored.is_quantised and self.holds_tokens:
                 shape = (self.grids[spec.layer].n_patches,)
                 arrays.append(SmallArray(spec.layer, "scale", shape, "float16", ("clip", "patch")))
             arrays += [

@@ -26,9 +26,11 @@ from patchbank.pipeline.bank.commit import (
     recover_owned,
     shard_name,
 )
+from patchbank.pipeline.bank.damage import shown
 from patchbank.pipeline.bank.identity import fingerprint, root_hash
 from patchbank.pipeline.bank.schema import FORMAT_VERSION, BankSchema
 from patchbank.pipeline.bank.seal_record import SEAL
+from patchbank.pipeline.bank.sealed_names import is_bank_name
 from patchbank.pipeline.bank.writer import (
     FileRecord,
     fsync_folder,
@@ -36,7 +38,7 @@ from patchbank.pipeline.bank.writer import (
     hash_file,
     write_durably,
 )
-from patchbank.pipeline.errors import BankCorrupt, BankIncomplete
+from patchbank.pipeline.errors import BankCorrupt, BankError, BankIncomplete
 
 UNSEALED = {SEAL, "notes", "parts", WORK}
 
@@ -142,6 +144,11 @@ def _file_records(bank: Path) -> Iterator[FileRecord]:
         name = path.relative_to(bank).as_posix()
         if name.split("/")[0] in UNSEALED or path.is_dir():
             continue
+        if not is_bank_name(name):
+            raise BankError(
+                f"{bank} holds {shown(name)}, which is no file of a bank; move it to {bank}/notes "
+                "or remove it, then run the same command again"
+            )
         record = recorded.pop(name, None)
         if record is None:
             yield hash_file(path, relative_to=bank)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from patchbank.pipeline.bank.identity import root_hash
+from patchbank.pipeline.bank.sealed_names import SEALED_FOLDERS, first_clash, is_bank_name
 from patchbank.pipeline.bank.writer import FileRecord
 from patchbank.pipeline.errors import BankCorrupt, BankIncomplete
 
@@ -19,9 +20,10 @@ NO_JSON = (ValueError, RecursionError)
 """What `json.loads` raises for bytes that are no JSON, too deep, or not UTF-8."""
 MOST_LEVELS = 64
 MOST_DIGITS = 40
-LONGEST_PATH = 1_024
 MOST_BYTES = 2**63
 """More than any file system holds."""
+LARGEST_SEAL_BYTES = 32 * 2**20
+"""200,000 files: 20,000, the most that a bank has at first, take 4 MB, and it may grow."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def require_seal(bank: Path) -> None:
 def seal_bytes(bank: Path) -> bytes | None:
     """The content of seal.json, unread; None where there is none. It changes when a bank grows."""
     try:
-        return (bank / SEAL).read_bytes()
+        return _read_seal_file(bank)
     except OSError:
         return None
 
@@ -62,23 +64,43 @@ def read_seal(bank: Path) -> Seal:
     """The seal of a bank, as it stands; `BankIncomplete` where there is none, or `BankCorrupt`."""
     require_seal(bank)
     try:
-        content = parse_json((bank / SEAL).read_bytes())
-        files = [file_record(file) for file in content["files"]]
-        if type(content["format"]) is not int:
-            raise ValueError(f"format {brief(content['format'])}")
+        content = _read_seal_file(bank)
+    except OSError as error:
+        raise BankCorrupt(f"{bank / SEAL} cannot be read: {error.strerror}") from error
+    return parse_seal(content, where=str(bank))
+
+
+def _read_seal_file(bank: Path) -> bytes:
+    """At most one byte more than a seal may have."""
+    with (bank / SEAL).open("rb") as file:
+        return file.read(LARGEST_SEAL_BYTES + 1)
+
+
+def parse_seal(content: bytes, *, where: str) -> Seal:
+    """What the bytes of a seal.json say; `BankCorrupt` where they are none.
+
+    `where` is the bank, for messages.
+    """
+    try:
+        if len(content) > LARGEST_SEAL_BYTES:
+            raise ValueError(f"more than {LARGEST_SEAL_BYTES} bytes")
+        document = parse_json(content)
+        files = [file_record(file) for file in document["files"]]
+        if type(document["format"]) is not int:
+            raise ValueError(f"format {brief(document['format'])}")
         seal = Seal(
-            format=content["format"],
-            recipe_id=as_digest(content["recipe_id"]),
-            fingerprint=as_digest(content["fingerprint"]),
-            root_sha256=as_digest(content["root_sha256"]),
-            matches_root=root_hash(content) == content["root_sha256"],
+            format=document["format"],
+            recipe_id=as_digest(document["recipe_id"]),
+            fingerprint=as_digest(document["fingerprint"]),
+            root_sha256=as_digest(document["root_sha256"]),
+            matches_root=root_hash(document) == document["root_sha256"],
             files={file.path: file for file in files},
         )
-        if len(seal.files) != len(files):
-            raise ValueError("a path is named twice")
-    except (OSError, KeyError, TypeError, AttributeError, *NO_JSON) as error:
+        if clash := first_clash([file.path for file in files]):
+            raise ValueError(f"path {brief(clash)} is named twice, or is a folder of another")
+    except (KeyError, TypeError, AttributeError, *NO_JSON) as error:
         reason = f"{type(error).__name__} {str(error)[:200]}"
-        raise BankCorrupt(f"{bank / SEAL} is damaged: {reason}; pull the bank again") from error
+        raise BankCorrupt(f"{where}/{SEAL} is damaged: {reason}; pull the bank again") from error
     return seal
 
 
@@ -125,15 +147,18 @@ def _whole_number(text: str) -> int:
     return int(text)
 
 
-def file_record(entry: Any) -> FileRecord:
-    """An entry of a seal or a commit record; `ValueError` or `TypeError` where it is none."""
+def file_record(entry: Any, *, folders: Collection[str] = SEALED_FOLDERS) -> FileRecord:
+    """An entry of a seal or a commit record; `ValueError` or `TypeError` where it is none.
+
+    `folders` are those of a bank that it may lie in.
+    """
     if not isinstance(entry, Mapping) or set(entry) != {"path", "size", "sha256"}:
         raise TypeError(f"{brief(entry)} is no path, size and sha256")
     size = entry["size"]
     if type(size) is not int or not 0 <= size < MOST_BYTES:
         raise ValueError(f"size {brief(size)}")
-    if not is_inside(entry["path"]):
-        raise ValueError(f"path {brief(entry['path'])}")
+    if not is_bank_name(entry["path"], folders=folders):
+        raise ValueError(f"path {brief(entry['path'])} names no file of a bank")
     return FileRecord(entry["path"], size, as_digest(entry["sha256"]))
 
 
@@ -142,18 +167,6 @@ def as_digest(value: object) -> str:
     if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
         raise ValueError(f"{brief(value)} is no SHA-256")
     return value
-
-
-def is_inside(path: object) -> bool:
-    """Whether `path` is a relative POSIX path that stays below the bank's folder, in its one
-    spelling, without characters that do not print."""
-    if not isinstance(path, str) or len(path) > LONGEST_PATH:
-        return False
-    if "\\" in path or not path.isprintable():
-        return False
-    pure = PurePosixPath(path)
-    inside = bool(pure.parts) and not pure.is_absolute() and ".." not in pure.parts
-    return inside and str(pure) == path
 
 
 def brief(value: object) -> str:

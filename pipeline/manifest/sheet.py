@@ -40,7 +40,12 @@ def read_sheet(path: Path) -> Sheet:
     suffix = path.suffix.lower()
     if suffix not in SHEET_SUFFIXES:
         raise _error(path, f"found type {suffix!r}, expected {' or '.join(SHEET_SUFFIXES)}")
-    sheet = _read_csv(path) if suffix == ".csv" else _read_parquet(path)
+    return read_list(path)
+
+
+def read_list(path: Path) -> Sheet:
+    """`read_sheet` of a file of any name: all that is not called .parquet is CSV."""
+    sheet = _read_parquet(path) if path.suffix.lower() == ".parquet" else _read_csv(path)
     if not sheet.lines:
         raise _error(path, "the table has no rows; expected one row a recording or segment")
     return sheet

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
+import stat
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from patchbank.pipeline.bank.writer import FileRecord, fsync_folder
 from patchbank.pipeline.errors import NotInStore, StoreError
 from patchbank.pipeline.sharing.store import PIECE_BYTES, Meter, Upload
+from patchbank.pipeline.sharing.stores import safe_url
 from patchbank.pipeline.sharing.transfer import put_in_parallel
 
-DRAFTS = ".drafts"
-"""Where files lie until they are whole, in the folder that the store was opened at."""
+Made = TypeVar("Made")
+MOST_TURNS = 100
+DRAFTS = ".work"
+"""Where files lie until they are whole, in the folder that the store was opened at; a bank has
+nothing that is sealed there."""
+JUST_MADE_S = 1.0
+"""So old is a draft that is surely locked by who makes it."""
+MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.EAGAIN)
+"""What a network share answers while its server is away."""
 
 
 class FolderStore:
@@ -35,7 +48,7 @@ class FolderStore:
             return cls(Path(place))
         parts = urlsplit(place)
         if parts.netloc not in ("", "localhost"):
-            raise StoreError(f"{place} names the machine {parts.netloc}; mount its share first")
+            raise StoreError(f"{safe_url(place)} is of another machine; mount its share first")
         return cls(Path(unquote(parts.path)))
 
     @property
@@ -76,7 +89,7 @@ class FolderStore:
 
     def stream(self, name: str, start: int, stop: int) -> Iterator[bytes]:
         try:
-            with self._path(name).open("rb") as file:
+            with _open_regular(self._path(name)) as file:
                 file.seek(start)
                 while start < stop:
                     piece = file.read(min(PIECE_BYTES, stop - start))
@@ -101,35 +114,66 @@ class FolderStore:
     def put(self, upload: Upload, meter: Meter) -> None:
         record = upload.record
         target = self._path(record.path)
-        draft = self.folder / DRAFTS / uuid.uuid4().hex
-        draft.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with draft.open("xb") as file:
+            self._put(upload, target, meter)
+        except OSError as error:
+            raise StoreError(
+                f"{self.url}/{record.path} cannot be written: {error.strerror}; free some space or "
+                "ask for the right to write, and run the same command again",
+                may_pass=error.errno in MAY_PASS,
+            ) from error
+
+    def _put(self, upload: Upload, target: Path, meter: Meter) -> None:
+        record = upload.record
+        draft, file = self._open_draft()
+        # Open, and so locked, until it has its name.
+        with file:
+            try:
                 for piece in pieces_of(upload.source):
                     file.write(piece)
                     meter(len(piece))
                 file.flush()
                 os.fsync(file.fileno())
-            with draft.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-            if found != record.sha256:
-                raise StoreError(
-                    f"{self.url}/{record.path}: what arrived has SHA-256 {found[:12]}, expected "
-                    f"{record.sha256[:12]}: the file here or the disk there is damaged; run "
-                    "`patchbank bank verify` on the bank"
-                )
-            target.parent.mkdir(parents=True, exist_ok=True)
-            draft.replace(target)
-            fsync_folder(target.parent)
-        finally:
-            draft.unlink(missing_ok=True)
-            with suppress(OSError):
-                draft.parent.rmdir()
+                self._check(draft, record)
+                _in_folder_of(target, lambda: draft.replace(target))
+                fsync_folder(target.parent)
+            finally:
+                draft.unlink(missing_ok=True)
+                with suppress(OSError):
+                    draft.parent.rmdir()
+
+    def _check(self, draft: Path, record: FileRecord) -> None:
+        with draft.open("rb") as written:
+            found = hashlib.file_digest(written, "sha256").hexdigest()
+        if found != record.sha256:
+            raise StoreError(
+                f"{self.url}/{record.path}: what arrived has SHA-256 {found[:12]}, expected "
+                f"{record.sha256[:12]}: the file here or the disk there is damaged; run "
+                "`patchbank bank verify` on the bank"
+            )
+
+    def _open_draft(self) -> tuple[Path, BinaryIO]:
+        draft = self._path(DRAFTS) / f"put.{uuid.uuid4().hex}"
+        file = _in_folder_of(draft, lambda: draft.open("xb"))
+        with suppress(OSError):  # no locks on this disk: drafts of the killed stay
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return draft, file
 
     def put_all(
         self, uploads: Sequence[Upload], meter: Meter, done: Callable[[Upload], None]
     ) -> None:
+        self._sweep()
         put_in_parallel(self, uploads, meter, done)
+
+    def _sweep(self) -> None:
+        """Removes the drafts of processes that were killed: nobody holds their locks."""
+        for draft in (self.folder / DRAFTS).glob(f"put.{'[0-9a-f]' * 32}"):
+            with suppress(OSError), draft.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - draft.stat().st_mtime > JUST_MADE_S:
+                    draft.unlink()
+        with suppress(OSError):
+            (self.folder / DRAFTS).rmdir()
 
     def proves(self, record: FileRecord, *, size: int) -> bool | None:
         return False if size != record.size else None
@@ -151,6 +195,28 @@ class FolderStore:
             if path.is_symlink():
                 raise StoreError(f"{path} is a link, which a bank does not have; remove it")
         return path
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    """A file to read; `StoreError` for a pipe or a device, which might never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(path)
+        raise StoreError(f"{path} is no regular file, which a bank does not have; remove it")
+    return os.fdopen(descriptor, "rb")
+
+
+def _in_folder_of(path: Path, work: Callable[[], Made]) -> Made:
+    """Does what needs the folder that `path` lies in, which others remove whenever it is empty."""
+    for _ in range(MOST_TURNS):
+        with suppress(FileNotFoundError, FileExistsError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return work()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return work()
 
 
 def pieces_of(source: Path | bytes) -> Iterator[bytes]:

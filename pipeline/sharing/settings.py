@@ -64,6 +64,14 @@ def load_settings() -> ShareSettings:
     return _checked(found)
 
 
+def require_signers(allowed_signers: Path) -> None:
+    """From now on this process, and those it starts, take only banks from elsewhere that a key of
+    the file has signed."""
+    os.environ[VARIABLES["allowed_signers"]] = str(allowed_signers)
+    if os.environ.get(VARIABLES["require_signature"]) != "open":
+        os.environ[VARIABLES["require_signature"]] = "pull"
+
+
 def _checked(found: Mapping[str, Any]) -> ShareSettings:
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patchbank"
     required = str(found.get("require_signature", "nothing"))

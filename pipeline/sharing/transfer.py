@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import TypeVar
 
 from patchbank.pipeline.errors import StoreError
@@ -18,16 +19,21 @@ TRIES = 6
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 
 
+def pause(attempt: int) -> None:
+    """Waits before attempt 1, 2 ...: longer each time, and not all clients at once."""
+    wait_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (attempt - 1))
+    time.sleep(wait_s * random.uniform(0.5, 1.0))
+
+
 def with_retries(work: Callable[[], Result], *, tries: int = TRIES) -> Result:
     """`work`, again after a growing pause while it fails with a `StoreError` that may pass."""
-    for attempt in range(tries - 1):
+    for attempt in range(1, tries):
         try:
             return work()
         except StoreError as error:
             if not error.may_pass:
                 raise
-        # Not all clients of a server that came back at once.
-        time.sleep(min(LONGEST_WAIT_S, FIRST_WAIT_S * 2**attempt) * random.uniform(0.5, 1.0))
+        pause(attempt)
     return work()
 
 
@@ -42,17 +48,59 @@ class Throttle:
     def __call__(self, n_bytes: int) -> None:
         with self._lock:
             now_s = time.monotonic()
-            self._free_at_s = max(now_s, self._free_at_s) + n_bytes / self._per_s
+            self._free_at_s = max(now_s, self._free_at_s) + max(0, n_bytes) / self._per_s
             wait_s = self._free_at_s - now_s
         time.sleep(wait_s)
+
+
+class Traffic:
+    """Counts bytes of all threads for a progress bar, and slows them down; a `Meter`.
+
+    Negative counts take back what has to be sent again.
+    """
+
+    def __init__(
+        self,
+        n_bytes: int,
+        *,
+        limit_bytes_per_s: float | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        self.n_bytes, self.n_done = n_bytes, 0
+        self._throttle = Throttle(limit_bytes_per_s) if limit_bytes_per_s else None
+        self._progress = progress
+        self._lock = threading.Lock()
+
+    def __call__(self, n_bytes: int) -> None:
+        with self._lock:
+            self.n_done += n_bytes
+            if self._progress is not None:
+                self._progress(self.n_done, self.n_bytes)
+        if self._throttle is not None and n_bytes > 0:
+            self._throttle(n_bytes)
+
+
+class Counted:
+    """A meter of one attempt, which can be taken back."""
+
+    def __init__(self, meter: Meter) -> None:
+        self._meter, self._n_bytes = meter, 0
+
+    def __call__(self, n_bytes: int) -> None:
+        self._n_bytes += n_bytes
+        self._meter(n_bytes)
+
+    def take_back(self) -> None:
+        """Uncounts everything."""
+        self._meter(-self._n_bytes)
+        self._n_bytes = 0
 
 
 def in_parallel(jobs: Sequence[Callable[[], None]], *, at_once: int = FILES_AT_ONCE) -> None:
     """Runs all jobs; the first error ends those that have not begun, and is raised."""
     pool = ThreadPoolExecutor(min(at_once, max(1, len(jobs))), thread_name_prefix="transfer")
-    waiting: set[Future[None]] = set()
     try:
-        waiting = {pool.submit(job) for job in jobs}
+        waiting: set[Future[None]] = {pool.submit(job) for job in jobs}
         while waiting:
             finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
             for future in finished:
@@ -71,8 +119,16 @@ def put_in_parallel(
 ) -> None:
     """`Store.put_all` of stores that take files one by one."""
 
+    def once(upload: Upload) -> None:
+        counted = Counted(meter)
+        try:
+            store.put(upload, counted)
+        except BaseException:
+            counted.take_back()
+            raise
+
     def job(upload: Upload) -> None:
-        with_retries(lambda: store.put(upload, meter))
+        with_retries(partial(once, upload))
         done(upload)
 
-    in_parallel([lambda upload=upload: job(upload) for upload in uploads], at_once=at_once)  # type: ignore[misc]
+    in_parallel([partial(job, upload) for upload in uploads], at_once=at_once)

@@ -69,6 +69,12 @@ class Probe(ABC):
         return False
 
     @property
+    def reads_means_only(self) -> bool:
+        """Whether the mean of a clip's patches is all that it reads, in `Tokens.mean`: then a bank
+        of pooled vectors will do."""
+        return False
+
+    @property
     def trials_at_once(self) -> int | None:
         """Most trials in one product; None for any number.
 

@@ -43,6 +43,10 @@ class KnnProbe(Probe):
     def uses_prefix(self) -> bool:
         return self.vector == "cls"
 
+    @property
+    def reads_means_only(self) -> bool:
+        return self.vector == "mean"
+
     def first_weights(self, random: torch.Generator) -> Weights:
         """Nothing is remembered yet: no clip."""
         vectors = torch.zeros(0, self.shape.dim)

@@ -57,6 +57,10 @@ class LayerMixProbe(Probe):
         return self.inner.uses_prefix
 
     @property
+    def reads_means_only(self) -> bool:
+        return self.inner.reads_means_only
+
+    @property
     def note(self) -> str | None:
         """Behind a mix it makes no difference how a module's trials are stacked."""
         own = None if isinstance(self.inner, ModuleProbe) else self.inner.note

@@ -49,6 +49,10 @@ class LinearProbe(Probe):
     def uses_prefix(self) -> bool:
         return self.pooling == "cls"
 
+    @property
+    def reads_means_only(self) -> bool:
+        return self.pooling == "mean"
+
     def first_weights(self, random: torch.Generator) -> Weights:
         weight, bias = uniform_linear(self.shape.n_classes, self.shape.dim, random)
         linear = {"weight": weight, "bias": bias}

@@ -38,6 +38,10 @@ class LinpreProbe(Probe):
 
     pooling: Pooling = "max"
 
+    @property
+    def reads_means_only(self) -> bool:
+        return self.pooling == "mean"
+
     def first_weights(self, random: torch.Generator) -> Weights:
         weight, bias = uniform_linear(self.shape.n_classes, self.shape.dim, random)
         return {"weight": weight, "bias": bias}

@@ -42,6 +42,10 @@ class MlpProbe(Probe):
     def uses_prefix(self) -> bool:
         return self.vector == "cls"
 
+    @property
+    def reads_means_only(self) -> bool:
+        return self.vector == "mean"
+
     def first_weights(self, random: torch.Generator) -> Weights:
         first, first_bias = uniform_linear(self.hidden, self.shape.dim, random)
         weight, bias = uniform_linear(self.shape.n_classes, self.hidden, random)
