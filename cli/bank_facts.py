@@ -16,7 +16,7 @@ LONGEST_VALUE = 1_000
 def bank_facts(bank: Bank) -> Facts:
     """What `bank show --json` prints."""
     from patchbank.pipeline.bank.view_columns import count_views
-    from patchbank.probing.measure import read_measurements
+    from patchbank.probing.measurements import read_measurements
 
     card, clips = bank.card, bank.clips.select(["status", "reason"]).to_pylist()
     reasons = Counter(str(row["reason"]) for row in clips if row["status"] == 2)

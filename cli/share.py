@@ -54,6 +54,7 @@ def push(
     """
     from patchbank.pipeline.bank import open_bank
     from patchbank.pipeline.sharing.licence import licence_warnings
+    from patchbank.pipeline.sharing.notes import CARD
     from patchbank.pipeline.sharing.push import plan_push, push_bank
     from patchbank.pipeline.sharing.push_record import PushRecord
     from patchbank.pipeline.sharing.settings import load_settings, parse_bytes
@@ -82,7 +83,7 @@ def push(
     if dry_run:
         say_facts({**facts, "dry_run": True}, push_line(facts, "to send"), json_output)
         return
-    notes = {"README.md": _card(opened, store, place, data, data_licence)}
+    notes = {CARD: _card(opened, store, place, data, data_licence)}
     with byte_bar("push") as progress:
         push_bank(
             opened,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from listed_banks import write_listed
+from share_processes import begin, kill, pull
 
 from patchbank.cli.main import main
 from patchbank.pipeline.bank import Bank, open_bank
@@ -473,3 +474,72 @@ def test_gc_waits_for_nobody_who_owns_a_bank(half_pull: Path) -> None:
         began_s = time.monotonic()
         assert not found.remove()
         assert time.monotonic() - began_s < 10
+
+
+def test_a_pull_that_is_killed_is_kept_while_it_lives_and_goes_when_it_is_dead(
+    sealed: Bank, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    half = tmp_path / "half.bank"
+    process = begin(pull, str(sealed.path), half, sealed.seal.bank_bytes / 30)
+    end_s = time.monotonic() + 60
+    while not (half / ".work/pull.seal.json").is_file():
+        assert process.is_alive()
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
+    assert collected(capsys, tmp_path, "--older-than", "0s") == {}
+    assert process.is_alive()
+    kill(process)
+    assert collected(capsys, tmp_path) == {}
+    ((reason, gone),) = collected(capsys, tmp_path, "--older-than", "0s").values()
+    assert reason.startswith("a pull that never finished, untouched for less than a minute")
+    assert gone
+    assert not half.exists()
+
+
+def test_a_bucket_is_listed_cleaned_and_emptied(
+    s3_bucket: str, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from patchbank.pipeline.sharing.push import push_bank
+    from patchbank.pipeline.sharing.stores import open_store
+
+    place = f"{s3_bucket}/banks"
+    banks = open_store(place)
+    for name in ("whole.bank", "half.bank"):
+        push_bank(copy, banks.below(name))
+    enter(banks, "whole.bank", entry_of(open_bank(copy), data="esc50"))
+    banks.below("half.bank").remove(["seal.json"])
+    out, err = said(capsys, "ls", place, "--data", "esc50")
+    assert out.startswith("whole.bank ")
+    assert "1 not in the catalogue" in err
+    said(capsys, "gc", place, "--yes")
+    assert "half.bank" in banks.folders()
+    out, _ = said(capsys, "gc", place, "--yes", "--older-than", "0s")
+    assert "a push that never finished" in " ".join(out.split())
+    assert list(banks.folders()) == ["catalogue", "whole.bank"]
+    said(capsys, "pin", f"{place}/whole.bank")
+    assert "is pinned" in said(capsys, "rm", f"{place}/whole.bank", "--yes", status=1)[1]
+    said(capsys, "pin", f"{place}/whole.bank", "--remove")
+    out, _ = said(capsys, "rm", f"{place}/whole.bank", "--dry-run")
+    assert out.startswith(f"would remove {place}/whole.bank (40 clips) and free ")
+    said(capsys, "rm", f"{place}/whole.bank", "--yes")
+    assert list(banks.sizes()) == ["catalogue.json"]
+    assert "no bank at" in said(capsys, "rm", f"{place}/whole.bank", "--yes", status=1)[1]
+
+
+def test_uploads_in_parts_that_were_never_completed_are_abandoned(
+    s3_bucket: str, tmp_path: Path
+) -> None:
+    from patchbank.pipeline.sharing.s3_client import connect
+    from patchbank.pipeline.sharing.stores import open_store
+
+    bucket = s3_bucket.removeprefix("s3://")
+    client = connect()
+    client.create_multipart_upload(Bucket=bucket, Key="banks/x.bank/layers/1/patches/c.0.0.0")
+    banks = open_store(f"{s3_bucket}/banks")
+    assert find_stored_garbage(banks, Limits(), tmp_path) == []
+    (found,) = find_stored_garbage(banks, Limits(older_than_s=0), tmp_path)
+    assert found.place == "x.bank/layers/1/patches/c.0.0.0"
+    assert "never completed" in found.reason
+    assert found.remove is not None
+    assert found.remove()
+    assert find_stored_garbage(banks, Limits(older_than_s=0), tmp_path) == []

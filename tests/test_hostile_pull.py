@@ -291,11 +291,12 @@ def test_a_pipe_in_the_store_is_not_waited_for(name: str, copy: Path, tmp_path: 
 def test_notes_that_are_large_links_or_strange_stay_where_they_are(
     copy: Path, tmp_path: Path
 ) -> None:
-    notes = copy / "notes"
-    notes.mkdir()
-    with (notes / "README.md").open("wb") as file:
+    notes = copy / "notes/measured"
+    notes.mkdir(parents=True)
+    with (copy / "notes/README.md").open("wb") as file:
         file.truncate(10 * 2**30)
-    (notes / "seal.json.sig").symlink_to("/etc/passwd")
+    (copy / "notes/seal.json.sig").symlink_to("/etc/passwd")
+    (copy / "notes/other.json").write_bytes(b"{}")
     (notes / "good.json").write_bytes(b"\xff\xfe no JSON")
     (notes / "link.json").symlink_to(tmp_path / "outside/mine.json")
     for name in ("run.py", ".bashrc", "x.pkl", "..json", "a b.json", "\x1b[2J.json", "\u202e.json"):
@@ -304,7 +305,7 @@ def test_notes_that_are_large_links_or_strange_stay_where_they_are(
     (notes / "deep.json/x.json").write_bytes(b"")
     lines: list[str] = []
     bank = pull_bank(FolderStore(copy), tmp_path / "here.bank", say=lines.append)
-    assert [path.name for path in (bank.path / "notes").iterdir()] == ["good.json"]
+    assert list(FolderStore(bank.path / "notes").sizes()) == ["measured/good.json"]
     assert any("README.md has 10737418240 bytes, expected at most 1048576" in x for x in lines)
     assert all(line.isprintable() for line in lines)
     assert verify_bank(bank.path) == ()
@@ -346,15 +347,16 @@ def test_nothing_that_a_bank_brings_is_unpickled_or_imported(
     (copy / "golden/extra.json").write_bytes(sentinel)
     reseal(copy)
     (copy / "notes").mkdir()
-    for name in ("a.json", "README.md", "seal.json.sig", "x.py", "conftest.py"):
+    (copy / "notes/measured").mkdir()
+    for name in ("measured/a.json", "README.md", "seal.json.sig", "x.py", "conftest.py"):
         (copy / "notes" / name).write_bytes(sentinel)
     bank = pull_bank(FolderStore(copy), tmp_path / "here.bank")
     monkeypatch.chdir(bank.path)
     for line in (["show"], ["show", "--json"], ["verify"], ["verify", "--json"]):
         assert main(["bank", line[0], str(bank.path), *line[1:]]) in (0, 1)
     assert bank.pooled(1).shape == (40, bank.schema.layers[0].dim)
-    assert {path.name for path in (bank.path / "notes").iterdir()} == {
-        "a.json",
+    assert set(FolderStore(bank.path / "notes").sizes()) == {
+        "measured/a.json",
         "README.md",
         "seal.json.sig",
     }

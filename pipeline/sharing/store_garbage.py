@@ -7,10 +7,8 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from patchbank.pipeline.bank.seal_record import SEAL
 from patchbank.pipeline.errors import BankError, StoreError
@@ -27,36 +25,9 @@ from patchbank.pipeline.sharing.row_cache import BANKS, cached_banks, remove_cac
 from patchbank.pipeline.sharing.settings import ShareSettings
 from patchbank.pipeline.sharing.store import Store
 from patchbank.pipeline.sharing.transfer import with_retries
+from patchbank.pipeline.sharing.upkeep import KeepsUploads, TellsAge, UnfinishedUpload
 
 PUSHES = "pushes"
-
-
-@runtime_checkable
-class TellsAge(Protocol):
-    """A store that knows when its files were written."""
-
-    def newest_s(self) -> float | None:
-        """When the newest file, at any depth, was written, as `time.time` counts; None where
-        there is none."""
-        ...
-
-
-@dataclass(frozen=True)
-class UnfinishedUpload:
-    """A file that was begun to be sent in parts, which are stored, and paid for, until then."""
-
-    name: str
-    upload_id: str
-    began_s: float
-    n_bytes: int
-
-
-@runtime_checkable
-class KeepsUploads(Protocol):
-    """A store that keeps the parts of files that were never completed."""
-
-    def unfinished_uploads(self) -> list[UnfinishedUpload]: ...
-    def abandon(self, upload: UnfinishedUpload) -> None: ...
 
 
 def find_stored_garbage(
@@ -111,7 +82,7 @@ def _uploads(banks: KeepsUploads, limits: Limits) -> Iterator[Garbage]:
         if age_s >= limits.older_than_s:
             reason = f"an upload in parts that was never completed, {readable_age(age_s)}"
             remove = partial(_abandon, banks, upload)
-            yield Garbage(upload.name, reason, upload.n_bytes, remove)
+            yield Garbage(upload.name, f"{reason}; how large, its store does not tell", 0, remove)
 
 
 def _abandon(banks: KeepsUploads, upload: UnfinishedUpload) -> bool:
