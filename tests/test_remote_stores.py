@@ -31,6 +31,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(params=["s3", "sftp", "http"])
 def address(request: pytest.FixtureRequest, sealed: Bank) -> str:
     """Where a copy of the bank lies."""
+    pytest.importorskip(f"patchbank.pipeline.sharing.{request.param}_store")
     if request.param == "http":
         url, folder = request.getfixturevalue("http_folder")
         shutil.copytree(sealed.path, folder / "x.bank")
@@ -51,6 +52,7 @@ def test_batches_come_from_a_server_in_threads_and_processes(sealed: Bank, addre
     in_child(lambda: assert_same_batches(remote, sealed, tier="ram"))
 
 
+@pytest.mark.slow
 def test_training_from_a_bucket_gives_the_weights_of_the_bank_itself(
     sealed: Bank, s3_bucket: str, clip_table: Path, tmp_path: Path
 ) -> None:
@@ -67,6 +69,7 @@ def test_training_from_a_bucket_gives_the_weights_of_the_bank_itself(
 def test_a_seal_that_a_server_without_listings_cannot_keep_takes_no_memory(
     sealed: Bank, http_folder: tuple[str, Path]
 ) -> None:
+    pytest.importorskip("patchbank.pipeline.sharing.http_store")
     url, folder = http_folder
     bank = Path(shutil.copytree(sealed.path, folder / "x.bank"))
     seal = json.loads((bank / "seal.json").read_bytes())
