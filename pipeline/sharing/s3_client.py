@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 from patchbank.pipeline.errors import NotInStore, StoreError
@@ -41,6 +42,7 @@ def connect() -> Any:
         raise StoreError(MISSING) from error
     try:
         session = Session()
+        session.register_component("data_loader", _loader())
         config = Config(
             connect_timeout=CONNECT_S,
             read_timeout=SILENT_S,
@@ -57,6 +59,14 @@ def connect() -> Any:
         raise StoreError(f"s3: {error}; {CREDENTIALS}") from error
     _bound_answers(client)
     return client
+
+
+@cache
+def _loader() -> Any:
+    """What botocore knows of S3: parsing it takes longer than all else that a client needs."""
+    from botocore.loaders import create_loader
+
+    return create_loader()
 
 
 def _bound_answers(client: Any) -> None:

@@ -79,6 +79,8 @@ class S3Store:
 
     def size(self, name: str) -> int | None:
         answer = self._head(name)
+        if answer is not None and "ContentLength" not in answer:
+            raise StoreError(f"{self.url}/{name}: the server does not tell how large it is")
         return None if answer is None else int(answer["ContentLength"])
 
     def stream(self, name: str, start: int, stop: int) -> Iterator[bytes]:

@@ -173,8 +173,8 @@ def _failure(error: Exception, where: str, place: SshPlace) -> StoreError:
             f"{where}: the key of {place.host} is not in ~/.ssh/known_hosts; type "
             f"`{place.command}` once, and compare the fingerprint that it shows"
         )
-    on_the_way = TimeoutError | NoValidConnectionsError
-    if isinstance(error, OSError) and error.errno is None and not isinstance(error, on_the_way):
+    on_the_way = isinstance(error, TimeoutError | NoValidConnectionsError) or "closed" in said
+    if isinstance(error, OSError) and error.errno is None and not on_the_way:
         return StoreError(f"{where}: the server said: {said}; is its disk full?")
     if isinstance(error, TimeoutError):
         said = "the server said nothing for too long"
