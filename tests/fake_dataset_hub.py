@@ -113,8 +113,9 @@ def serving() -> Iterator[FakeDataSetHub]:
                     self._send(fault[1], b"{}", fault[2])
                     return
             for pattern, answer in ROUTES:
-                if found := re.fullmatch(pattern, path):
-                    answer(self, **found.groupdict())
+                if found := re.fullmatch(pattern, parts.path):
+                    groups = found.groupdict()
+                    answer(self, **{k: v and unquote(v) for k, v in groups.items()})
                     return
             self._send(404, b"{}", {})
 
@@ -125,7 +126,7 @@ def serving() -> Iterator[FakeDataSetHub]:
             if repository is None or (repository.is_private and not is_known):
                 self._send(404 if is_known else 401, b"{}", {"X-Error-Code": "RepoNotFound"})
                 return None
-            commit = repository.branches.get(unquote(revision), revision)
+            commit = repository.branches.get(revision, revision)
             if commit not in repository.commits:
                 self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
                 return None
@@ -244,7 +245,7 @@ def serving() -> Iterator[FakeDataSetHub]:
                     assert line["key"] == "deletedFile"
                     del files[value["path"]]
             hub.messages.append(lines[0]["value"]["summary"])
-            oid = hub.repositories[repo].commit(unquote(revision), files)
+            oid = hub.repositories[repo].commit(revision, files)
             self._json({"commitUrl": f"{hub.endpoint}/c/{oid}", "commitOid": oid})
 
         def validate(self) -> None:
