@@ -16,7 +16,7 @@ LONGEST_VALUE = 1_000
 def bank_facts(bank: Bank) -> Facts:
     """What `bank show --json` prints."""
     from patchbank.pipeline.bank.view_columns import count_views
-    from patchbank.probing.measure import read_measurements
+    from patchbank.probing.measurements import read_measurements
 
     card, clips = bank.card, bank.clips.select(["status", "reason"]).to_pylist()
     reasons = Counter(str(row["reason"]) for row in clips if row["status"] == 2)
@@ -163,5 +163,9 @@ def print_fact(name: str, value: str) -> None:
     import textwrap
 
     lead = f"{name:<13}"
+    # What a stranger's card says of licence and source must not move the terminal.
+    value = " ".join(value.split())
+    if not value.isprintable():
+        value = value.encode("unicode_escape", "backslashreplace").decode("ascii")
     value = value if len(value) <= LONGEST_VALUE else f"{value[:LONGEST_VALUE]} ..."
     print(textwrap.fill(value, 80, initial_indent=lead, subsequent_indent=" " * 13) or lead)

@@ -155,7 +155,8 @@ def note_change(
 ) -> None:
     """Trains probes on both banks, prints what changes and keeps it in the new bank's notes."""
     from patchbank.cli.bank_facts import readable_measurements
-    from patchbank.probing.measure import measure_change, read_measurements, write_measurement
+    from patchbank.probing.measure import measure_change
+    from patchbank.probing.measurements import read_measurements, write_measurement
     from patchbank.probing.settings import TrainSettings
 
     with progress_lines() as progress:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -54,6 +55,7 @@ def push(
     """
     from patchbank.pipeline.bank import open_bank
     from patchbank.pipeline.sharing.licence import licence_warnings
+    from patchbank.pipeline.sharing.notes import CARD
     from patchbank.pipeline.sharing.push import plan_push, push_bank
     from patchbank.pipeline.sharing.push_record import PushRecord
     from patchbank.pipeline.sharing.settings import load_settings, parse_bytes
@@ -82,7 +84,9 @@ def push(
     if dry_run:
         say_facts({**facts, "dry_run": True}, push_line(facts, "to send"), json_output)
         return
-    notes = {"README.md": _card(opened, store, place, data, data_licence)}
+    if plan.there is not None and not plan.is_done:
+        _withdraw(place)
+    notes = {CARD: _card(opened, store, place, data, data_licence)}
     with byte_bar("push") as progress:
         push_bank(
             opened,
@@ -121,6 +125,16 @@ def _enter(bank: Bank, place: str, data: str | None, settings: ShareSettings) ->
         enter(open_store(folder), name, entry)
     except (PatchbankError, ValueError) as error:
         print(f"note: pushed, but not entered into the catalogue: {error}", file=sys.stderr)
+
+
+def _withdraw(place: str) -> None:
+    """Takes the entry of a bank away that is about to grow: killed now, the old one would stay."""
+    from patchbank.pipeline.sharing.catalogue import withdraw
+    from patchbank.pipeline.sharing.stores import open_store, split_place
+
+    folder, name = split_place(place)
+    with suppress(PatchbankError):
+        withdraw(open_store(folder), name)
 
 
 def _claims(bank: Bank, settings: ShareSettings) -> tuple[str, ...]:

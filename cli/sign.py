@@ -34,10 +34,10 @@ def sign(
     from patchbank.pipeline.sharing.trust import sign_bank
 
     signer = checked_name(usual_name() if name is None else name)
+    store = open_store(bank)
     chosen = key or default_key()
     touch = "; touch it when it blinks" if is_hardware(chosen) else ""
     print(f"signing with {chosen}{touch}", file=sys.stderr)
-    store = open_store(bank)
     signed = sign_bank(store, chosen)
     print(f"{store.url}: seal {signed.root_sha256[:16]} signed\n  {signed.fingerprint}")
     if signed.n_signers > 1:

@@ -100,7 +100,7 @@ def verify_here(
         print(f"{bank}: whole{', as far as a quick check sees' * quick}")
         for name, error in golden.items():
             print(f"golden clip, {name}: agrees, largest error {error:.1e} of the largest value")
-        print_lines([line for each in found for line in (each.says, f"  {each.key}")])
+        print_verdicts(found)
     require(found, str(bank), allowed)
 
 
@@ -124,7 +124,7 @@ def verify_at_url(url: str, allowed: Path | None, *, json_output: bool) -> None:
         )
     if not json_output:
         print(f"{store.url}: seal, card and sizes are right; tokens were not read: pull the bank")
-        print_lines([line for each in found for line in (each.says, f"  {each.key}")])
+        print_verdicts(found)
     require(found, store.url, allowed)
 
 
@@ -155,6 +155,12 @@ def signature_facts(found: Sequence[Verdict], allowed: Path | None) -> Facts:
     if not found and allowed is None:
         return {}
     return {"signatures": [asdict(verdict) for verdict in found]}
+
+
+def print_verdicts(found: Sequence[Verdict]) -> None:
+    """What is known of each signature, and its key below."""
+    for verdict in found:
+        print(verdict.says, *([f"  {verdict.key}"] if verdict.key else []), sep="\n")
 
 
 def print_lines(lines: Sequence[str]) -> None:

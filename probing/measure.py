@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,15 +11,12 @@ from typing import Any
 
 from patchbank.pipeline.bank.reader import Bank
 from patchbank.pipeline.errors import BankMismatch
-from patchbank.probing.atomic import write_json
+from patchbank.probing.measurements import Facts
 from patchbank.probing.run import run_training
 from patchbank.probing.settings import TrainSettings
 from patchbank.probing.training import OnProgress
 
 MEASURED_PROBES = ("linear", "linpre", "mhca", "protobin")
-NOTES = "notes/measured"
-LONGEST_NOTE = 2**20
-Facts = dict[str, Any]
 
 
 def measure_change(
@@ -124,31 +120,3 @@ def _score(results: Facts, probe: str, metric: str) -> Facts:
 
 def _change(before: Facts, after: Facts) -> Facts:
     return {"reference": before, "bank": after, "change": after["mean"] - before["mean"]}
-
-
-def write_measurement(bank: Bank, facts: Facts) -> Path:
-    """Puts a measurement into the bank's notes, one file a label table and layer."""
-    name = f"{Path(facts['labels']).stem}-{facts['labels_sha256'][:8]}-{facts['layer']}.json"
-    path = bank.path / NOTES / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, facts)
-    return path
-
-
-def read_measurements(bank: Bank) -> list[Facts]:
-    """The measurements in a bank's notes that were made on it as it is now."""
-    found = []
-    for path in sorted((bank.path / NOTES).glob("*.json")):
-        try:
-            if path.stat().st_size > LONGEST_NOTE:
-                continue
-            facts = json.loads(path.read_bytes())
-            changes = {name: float(value["change"]) for name, value in facts["probes"].items()}
-            is_own = facts["root_sha256"] == bank.root_sha256
-            note = {key: str(facts[key]) for key in ("labels", "metric", "n_seeds", "layer")}
-            reference = str(facts["reference"]["stored_dtype"])
-        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
-            continue  # notes are anybody's
-        if is_own:
-            found.append({**note, "reference": reference, "changes": changes})
-    return found

@@ -39,12 +39,20 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if "gpu" not in config.getoption("markexpr").replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # Nobody's own settings decide what a test sees.
+    os.environ["PATCHBANK_SETTINGS"] = os.devnull
     if "PYTEST_XDIST_WORKER" in os.environ:
         # Processes that share the cores do their sums alone, and so do those that they begin.
         os.environ["OMP_NUM_THREADS"] = "1"
         import torch
 
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nobody's own cache of rows is read or filled, by commands that tests start neither."""
+    os.environ["PATCHBANK_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

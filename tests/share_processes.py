@@ -11,7 +11,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["patchbank.pipeline.sharing.push", "patchbank.pipeline.sharing.pull"]
+PRELOADED = [
+    "patchbank.pipeline.sharing.push",
+    "patchbank.pipeline.sharing.pull",
+    "patchbank.pipeline.sharing.remote_bank",
+    "patchbank.probing.loader",
+]
 
 
 def context() -> ForkServerContext:
@@ -50,3 +55,16 @@ def pull(place: str, out: Path, limit_bytes_per_s: float | None) -> None:
     from patchbank.pipeline.sharing.stores import open_store
 
     pull_bank(open_store(place), out, limit_bytes_per_s=limit_bytes_per_s)
+
+
+def read_for_ever(place: str, cache: Path, limit: str) -> None:
+    """Epoch after epoch of a bank at an address, by two tiers, until it is killed."""
+    from patchbank.pipeline.bank import open_bank
+    from patchbank.probing import BatchLoader
+
+    os.environ |= {"PATCHBANK_CACHE": str(cache), "PATCHBANK_CACHE_LIMIT": limit}
+    while True:
+        bank = open_bank(place)
+        for tier in ("read", "ram"):
+            for _batch in BatchLoader(bank, batch_size=4, tier=tier):  # type: ignore[arg-type]
+                pass

@@ -223,12 +223,19 @@ def test_sizes_are_told_in_the_hubs_steps(n_clips: int, category: str) -> None:
 def test_nothing_but_sealed_files_and_known_notes_is_sent(copy: Path, tmp_path: Path) -> None:
     bank = open_bank(copy)
     (copy / "notes").mkdir(exist_ok=True)
-    for name in ("clip.wav", "card.md", "seal.json.sig", "loss.json", "run.log", "sub.json/x.wav"):
+    for name in (
+        "clip.wav",
+        "card.md",
+        "seal.json.sig",
+        "profile.json",
+        "measured/l.json",
+        "measured/x.wav",
+    ):
         (copy / "notes" / name).parent.mkdir(exist_ok=True)
         (copy / "notes" / name).write_bytes(b"RIFF")
     (copy / "audio.flac").write_bytes(b"fLaC")
     (copy / "layers" / "take.wav").write_bytes(b"RIFF")
     there = FolderStore(tmp_path / "there.bank")
-    push_bank(bank, there, notes={"README.md": dataset_card(bank, name="x").encode()})
-    notes = {"notes/README.md", "notes/seal.json.sig", "notes/loss.json"}
+    push_bank(bank, there, notes={"notes/README.md": dataset_card(bank, name="x").encode()})
+    notes = {"notes/README.md", "notes/seal.json.sig", "notes/measured/l.json"}
     assert set(there.sizes()) == {*bank.seal.files, "seal.json", *notes}

@@ -16,7 +16,8 @@ from patchbank.pipeline.bank.verify import verify_bank
 from patchbank.pipeline.errors import BankMismatch
 from patchbank.pipeline.extraction import extract
 from patchbank.pipeline.rebuild import rebuild_bank
-from patchbank.probing.measure import measure_change, read_measurements, write_measurement
+from patchbank.probing.measure import measure_change
+from patchbank.probing.measurements import read_measurements, write_measurement
 from patchbank.probing.settings import SearchSettings, TrainSettings
 
 FAST = TrainSettings(n_epochs=3, n_seeds=2, search=SearchSettings(n_candidates=1))

@@ -271,7 +271,13 @@ pull_part(url, out, **({"layers": [1]} if sys.argv[3] == "layers" else {"splits"
 """
 
 
-@pytest.mark.parametrize("options", [{"layers": [1]}, {"splits": ["train"]}], ids=["files", "rows"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"layers": [1]}, id="files"),
+        pytest.param({"splits": ["train"]}, id="rows", marks=pytest.mark.slow),
+    ],
+)
 def test_a_pull_that_was_killed_fetches_nothing_again(
     options: Options, sealed: Bank, tmp_path: Path, travelled: Travelled
 ) -> None:

@@ -224,7 +224,7 @@ def test_the_command_makes_and_shows_one(
     assert "pooled vectors of these tokens only (mean, max, min)" in shown
     assert "float16, 40 clips, layers 1,2, of which split train" in shown
     assert main(["bank", "ls", str(tmp_path)]) == 0
-    assert "float16 pooled only, 20 clips" in capsys.readouterr().out
+    assert "float16 pooled, 20 clips" in capsys.readouterr().out
     assert main(["bank", "verify", str(out)]) == 0
     again = ["bank", "convert", str(out), "--pooled-only", "--out", str(tmp_path / "x.bank")]
     assert main(again) == 2

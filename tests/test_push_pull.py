@@ -38,7 +38,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 def test_a_bank_that_was_pushed_and_pulled_is_the_same_to_the_byte(
     sealed: Bank, there: FolderStore, tmp_path: Path
 ) -> None:
-    pushed = push_bank(sealed.path, there, notes={"README.md": b"# about\n"})
+    pushed = push_bank(sealed.path, there, notes={"notes/README.md": b"# about\n"})
     pulled = pull_bank(there, tmp_path / "here.bank")
     assert pushed.n_bytes == sealed.seal.bank_bytes
     own, found = files_of(sealed.path), files_of(pulled.path)
@@ -249,17 +249,20 @@ def test_notes_travel_only_if_they_are_small_and_known(
     copy: Path, there: FolderStore, tmp_path: Path
 ) -> None:
     notes = copy / "notes"
-    notes.mkdir(exist_ok=True)
-    (notes / "labels-last.json").write_text("{}")
+    (notes / "measured").mkdir(parents=True, exist_ok=True)
+    (notes / "measured" / "labels-last.json").write_text("{}")
+    (notes / "measured" / "large.json").write_bytes(b" " * (2**20 + 1))
+    (notes / "measured" / "link.json").symlink_to("/etc/hostname")
+    (notes / "measured" / "con.json").write_text("{}")
+    (notes / "profile.json").write_text("{}")
     (notes / "clip.wav").write_bytes(b"RIFF")
-    (notes / "large.json").write_bytes(b" " * (2**20 + 1))
-    (notes / "link.json").symlink_to("/etc/hostname")
     push_bank(copy, there)
-    assert sorted(path.name for path in (there.folder / "notes").iterdir()) == ["labels-last.json"]
+    sent = sorted(there.below("notes").sizes())
+    assert sent == ["measured/labels-last.json"]
     (there.folder / "notes" / "evil.py").write_text("raise SystemExit")
-    (there.folder / "notes" / "big.json").write_bytes(b" " * (2**20 + 1))
+    (there.folder / "notes" / "measured" / "big.json").write_bytes(b" " * (2**20 + 1))
     said: list[str] = []
     here = pull_bank(there, tmp_path / "here.bank", say=said.append).path
-    assert sorted(path.name for path in (here / "notes").iterdir()) == ["labels-last.json"]
+    assert sorted(FolderStore(here / "notes").sizes()) == sent
     assert len(said) == 1
-    assert "without notes/big.json" in said[0]
+    assert "without notes/measured/big.json" in said[0]

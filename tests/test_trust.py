@@ -406,6 +406,33 @@ def test_a_bank_that_no_allowed_key_signed_is_refused_everywhere(
         assert re.search(words, said(capsys, *line, status=1)[1])
 
 
+@pytest.mark.parametrize("attack", [strip, sign_as_mallory, swap_seal])
+@pytest.mark.parametrize("part", [(), ("--layers", "1")], ids=["whole", "part"])
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_pull_with_allowed_signers_takes_signed_banks_only(
+    attack: Callable[[Path, Keys], None],
+    part: tuple[str, ...],
+    scheme: str,
+    signed: Path,
+    keys: Keys,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # The option settles this for the process and those it starts.
+    for name in ("PATCHBANK_ALLOWED_SIGNERS", "PATCHBANK_REQUIRE_SIGNATURE"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("PATCHBANK_CACHE", str(tmp_path / "cache"))
+    attack(signed, keys)
+    out = tmp_path / "here.bank"
+    line = ("pull", f"{scheme}{signed}", str(out), *part, "--allowed-signers", str(keys.allowed))
+    assert "is not signed" in said(capsys, *line, status=1)[1]
+    assert not out.exists()
+    sign_bank(FolderStore(signed), keys.alice)
+    said(capsys, *line)
+    assert (out / "seal.json").is_file()
+
+
 def test_local_banks_are_asked_for_signatures_only_where_that_is_settled(
     sealed: Bank, keys: Keys, monkeypatch: pytest.MonkeyPatch
 ) -> None:

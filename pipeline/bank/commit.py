@@ -236,10 +236,24 @@ def recover_owned(bank: Path) -> None:
                     _publish(bank, draft.parent, record)
         if _missing_files(bank, record):
             record_path(bank, name).unlink(missing_ok=True)
+    clear_dead_attempts(bank)
+
+
+def clear_dead_attempts(bank: Path) -> None:
+    """Removes what attempts of dead processes have left; for who owns the bank."""
     for attempt in (bank / WORK).glob("*.*/"):
         with _dead(attempt) as is_dead:
             if is_dead:
                 shutil.rmtree(attempt, ignore_errors=True)
+
+
+def dead_attempts(bank: Path) -> list[Path]:
+    """Attempts whose processes are dead."""
+    found = []
+    for attempt in sorted((bank / WORK).glob("*.*/")):
+        with _dead(attempt) as is_dead:
+            found += [attempt] * is_dead
+    return found
 
 
 def live_attempts(bank: Path) -> set[str]:

@@ -187,14 +187,16 @@ class Bank:
         """
         rows = range(self.n_rows) if rows is None else rows
         per_chunk = array.chunk_rows(self.n_rows)
+        chunks = range(rows.start // per_chunk, -(-rows.stop // per_chunk))
+        with self._as_opened():
+            paths = self.files([chunk_path(array, chunk) for chunk in chunks])
         out = np.empty((len(rows), *array.row_shape), array.dtype)
-        for chunk in range(rows.start // per_chunk, -(-rows.stop // per_chunk)):
+        for chunk, path in zip(chunks, paths, strict=True):
             first = chunk * per_chunk
             part = range(max(rows.start, first), min(rows.stop, first + per_chunk))
             inside = range(part.start - first, part.stop - first)
             place = slice(part.start - rows.start, part.stop - rows.start)
             with self._as_opened():
-                [path] = self.files([chunk_path(array, chunk)])
                 out[place] = _read_rows(path, array.dtype, array.row_shape, inside, per_chunk)
         return out
 

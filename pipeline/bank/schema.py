@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-import zarr
 from jaxtyping import Int64
-from zarr.codecs import BloscCodec
 
 from patchbank.pipeline.bank.archive import CODEC, LEVEL
 from patchbank.pipeline.bank.dtypes import STORED_TYPES, StoredType, prefix_type
@@ -26,6 +24,10 @@ from patchbank.pipeline.bank.layout import ShardLayout
 from patchbank.pipeline.bank.writer import fsync_folder, fsync_tree
 from patchbank.pipeline.errors import BankError
 from patchbank.pipeline.specs import Grid, Json, LayerSpec, StoredDType
+
+if TYPE_CHECKING:
+    import zarr
+    from zarr.codecs import BloscCodec
 
 FORMAT_VERSION = 1
 DONE, FAILED, HOLE = 1, 2, 3
@@ -253,6 +255,8 @@ def _write_skeleton(
     attributes: Json,
     constants: Mapping[int, Mapping[str, np.ndarray]],
 ) -> None:
+    import zarr
+
     root = zarr.create_group(draft, attributes=attributes)
     layers = root.create_group("layers")
     for spec in schema.layers:
@@ -271,6 +275,8 @@ def _write_skeleton(
 def create_token_array(bank: Path, array: TokenArray, schema: BankSchema) -> None:
     """Writes one sharded array's metadata; its shards are written by `ShardFileWriter`."""
     row = (array.n_tokens, array.width)
+    import zarr
+
     zarr.create_array(
         bank,
         name=array.path,
@@ -295,11 +301,15 @@ def create_token_array(bank: Path, array: TokenArray, schema: BankSchema) -> Non
 
 def archive_codec(dtype: np.dtype[Any]) -> BloscCodec:
     """What the rows of an archive are compressed with, as Zarr names it."""
+    from zarr.codecs import BloscCodec
+
     return BloscCodec(typesize=dtype.itemsize, cname=CODEC, clevel=LEVEL, shuffle="bitshuffle")
 
 
 def create_small_array(folder: Path, array: SmallArray, n_rows: int) -> zarr.Array[Any]:
     """The empty unsharded array of `n_rows` rows, in chunks of at most 65,536 rows."""
+    import zarr
+
     return zarr.create_array(
         folder,
         name=array.path,
@@ -317,6 +327,8 @@ def create_small_array(folder: Path, array: SmallArray, n_rows: int) -> zarr.Arr
 
 def create_whole_array(folder: Path, name: str, value: np.ndarray, axes: tuple[str, ...]) -> None:
     """Writes an array that is one chunk."""
+    import zarr
+
     zarr.create_array(
         folder,
         name=name,

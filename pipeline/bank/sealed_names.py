@@ -33,12 +33,13 @@ def is_bank_name(name: object, *, folders: Collection[str] = SEALED_FOLDERS) -> 
     return (
         2 <= len(parts) <= MOST_PARTS
         and parts[0] in folders
-        and all(map(_is_part, parts))
+        and all(map(is_part, parts))
         and FILE.fullmatch(parts[-1]) is not None
     )
 
 
-def _is_part(part: str) -> bool:
+def is_part(part: str) -> bool:
+    """Whether `part` is the name of one file or folder on every system."""
     return (
         len(part) <= LONGEST_PART
         and PART.fullmatch(part) is not None

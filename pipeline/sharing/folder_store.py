@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 from patchbank.pipeline.bank.writer import FileRecord, fsync_folder
 from patchbank.pipeline.errors import NotInStore, StoreError
 from patchbank.pipeline.sharing.store import PIECE_BYTES, Meter, Upload
+from patchbank.pipeline.sharing.stores import safe_url
 from patchbank.pipeline.sharing.transfer import put_in_parallel
 
 Made = TypeVar("Made")
@@ -47,7 +48,7 @@ class FolderStore:
             return cls(Path(place))
         parts = urlsplit(place)
         if parts.netloc not in ("", "localhost"):
-            raise StoreError(f"{place} names the machine {parts.netloc}; mount its share first")
+            raise StoreError(f"{safe_url(place)} is of another machine; mount its share first")
         return cls(Path(unquote(parts.path)))
 
     @property

@@ -17,7 +17,7 @@ from pathlib import Path
 from patchbank.pipeline.bank.card import read_attributes
 from patchbank.pipeline.bank.commit import WORK, owning, read_record, shard_name
 from patchbank.pipeline.bank.reader import Bank, open_bank
-from patchbank.pipeline.bank.seal_record import SEAL, parse_seal
+from patchbank.pipeline.bank.seal_record import SEAL, parse_seal, seal_bytes
 from patchbank.pipeline.bank.writer import FileRecord
 from patchbank.pipeline.errors import (
     BankCorrupt,
@@ -29,6 +29,7 @@ from patchbank.pipeline.errors import (
 from patchbank.pipeline.plan import check_space
 from patchbank.pipeline.preparation import telling_of_a_full_disk
 from patchbank.pipeline.selection import Selection, make_selection, select
+from patchbank.pipeline.sharing.links import inside, refuse_links
 from patchbank.pipeline.sharing.part_files import CARD, PartFiles, part_files
 from patchbank.pipeline.sharing.pull import fetch_file, is_locked
 from patchbank.pipeline.sharing.remote_bank import RemoteBank, open_remote
@@ -37,6 +38,7 @@ from patchbank.pipeline.sharing.settings import ShareSettings, load_settings
 from patchbank.pipeline.sharing.store import Meter
 from patchbank.pipeline.sharing.stores import is_url, open_store
 from patchbank.pipeline.sharing.transfer import Traffic, in_parallel
+from patchbank.pipeline.sharing.trust import check_opened
 from patchbank.pipeline.specs import StoredDType
 
 MOST_KEPT_BYTES = 4 * 2**30
@@ -59,7 +61,7 @@ def part_bytes(
 
     Raises what `pull_part` does before it fetches.
     """
-    bank = open_bank(url)
+    bank = open_bank(url) if is_url(url) else _open_folder(Path(url))
     chosen = select(
         bank, layers=layers, splits=splits, clips=clips, dtype=dtype, pooled_only=pooled_only
     )
@@ -91,7 +93,7 @@ def pull_part(
         select, layers=layers, splits=splits, clips=clips, dtype=dtype, pooled_only=pooled_only
     )
     if not is_url(url):
-        bank = open_bank(Path(url))
+        bank = _open_folder(Path(url))
         chosen = look_up(bank)
         _refuse_all(bank, chosen)
         files = part_files(bank, chosen)
@@ -109,6 +111,16 @@ def pull_part(
     if progress is not None:
         progress(traffic.n_bytes, traffic.n_bytes)
     return made
+
+
+def _open_folder(path: Path) -> Bank:
+    """The bank of a folder, which may be anybody's: no link in it is followed, and it is signed
+    where the settings want that of banks that come from elsewhere."""
+    bank = open_bank(path)
+    for name in bank.seal.files:
+        inside(path, name)
+    check_opened(path, seal_bytes(path) or b"")
+    return bank
 
 
 def _shards_as_bytes(n_bytes: int, progress: Progress | None) -> Progress:
@@ -163,6 +175,9 @@ def _enter(stack: ExitStack, folder: Path, out: Path, say: Callable[[str], None]
     """Takes a folder's lock; another pull that had it may have removed the folder since."""
     is_told = False
     while True:
+        if folder.is_symlink():
+            raise BankError(f"{folder} is a link; remove it, or choose another place")
+        refuse_links(folder)
         (folder / WORK).mkdir(parents=True, exist_ok=True)
         if is_locked(folder / WORK / "seal.lock") and not is_told:
             say(f"another process pulls into {out}; waiting for it")
@@ -181,7 +196,8 @@ def _check_place(out: Path, source: RemoteBank) -> None:
     if not (out / CARD).is_file():
         raise BankError(f"{out} exists and is no bank; choose another place or remove it")
     origins = read_attributes(out)["card"].get("derived_from", [])
-    found = [str(origin.get("root_sha256"))[:16] for origin in origins]
+    listed = origins if isinstance(origins, list) else []
+    found = [str(origin.get("root_sha256"))[:16] for origin in listed if isinstance(origin, dict)]
     if found != [source.root_sha256[:16]]:
         raise BankMismatch(
             f"{out} holds another bank than a part of {source.where} as it is now; choose another "

@@ -14,7 +14,7 @@ import hashlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 from patchbank.pipeline.bank.commit import WORK, owning
-from patchbank.pipeline.bank.damage import shown
 from patchbank.pipeline.bank.growth import finish_growth, next_folder
 from patchbank.pipeline.bank.reader import Bank, open_bank
 from patchbank.pipeline.bank.seal_record import SEAL, Seal, parse_seal
-from patchbank.pipeline.bank.writer import FileRecord, fsync_folder, write_durably
+from patchbank.pipeline.bank.writer import FileRecord, fsync_folder
 from patchbank.pipeline.errors import (
     BankCorrupt,
     BankError,
@@ -34,9 +33,10 @@ from patchbank.pipeline.errors import (
     NotInStore,
     StoreError,
 )
+from patchbank.pipeline.sharing.links import inside, refuse_links
+from patchbank.pipeline.sharing.notes import fetch_notes, put_small
 from patchbank.pipeline.sharing.remote_seal import (
     CARD,
-    MOST_NOTE_BYTES,
     MOST_SEAL_BYTES,
     RemoteSeal,
     ask_pusher,
@@ -57,7 +57,6 @@ from patchbank.pipeline.specs import human_bytes
 
 PULLING = f"{WORK}/pull.seal.json"
 """The seal of the bank that is being pulled into a folder: whose files its files are."""
-MOST_NOTES = 64
 SPARE_BYTES = 64 * 2**20
 FULL = (errno.ENOSPC, errno.EDQUOT)
 Progress = Callable[[int, int], None]
@@ -87,7 +86,7 @@ def plan_pull(store: Store, out: Path, there: RemoteSeal | None = None) -> PullP
     `BankError` where something else does.
     """
     there = there or read_remote_seal(store)
-    _refuse_links(out)
+    refuse_links(out)
     wanted = list(there.seal.files.values())
     if (out / SEAL).is_file() or (next_folder(out) / SEAL).is_file():
         finish_growth(out)
@@ -254,12 +253,12 @@ def _begin(folder: Path, there: RemoteSeal) -> None:
     for name, file in ({} if began is None else began.files).items():
         if there.seal.files.get(name) != file:
             inside(folder, name).unlink(missing_ok=True)
-    _put(folder, PULLING, there.content)
+    put_small(folder, PULLING, there.content)
 
 
 def _seal(out: Path, folder: Path, plan: PullPlan) -> None:
     """Puts the card and, last, the seal, once every other file is in its place."""
-    _put(folder, CARD, plan.there.card_content)
+    put_small(folder, CARD, plan.there.card_content)
     fetched = {file.path for file in plan.fetch}
     for file in plan.there.seal.files.values():
         place = folder if plan.grows is None or file.path in fetched else out
@@ -268,17 +267,7 @@ def _seal(out: Path, folder: Path, plan: PullPlan) -> None:
         ):
             raise BankError(f"{out}: {file.path} has gone during the pull; run it again")
     # Of a growth it lies beside the new files, so that `finish_growth` moves them in together.
-    _put(folder, SEAL, plan.there.content)
-
-
-def _put(folder: Path, name: str, content: bytes) -> None:
-    """Writes a small file whole or not at all."""
-    target = folder / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    draft = folder / WORK / uuid.uuid4().hex
-    write_durably(draft, content)
-    draft.replace(target)
-    fsync_folder(target.parent)
+    put_small(folder, SEAL, plan.there.content)
 
 
 def _check_space(out: Path, n_bytes: int) -> None:
@@ -349,68 +338,3 @@ def _receive(store: Store, file: FileRecord, content: BinaryIO, meter: Meter) ->
                 raise
             pause(attempt)
     return hasher.hexdigest()
-
-
-def inside(folder: Path, name: str) -> Path:
-    """Where a file of a bank lies below a folder; `BankError` where a link stands in the way."""
-    path = folder
-    for part in name.split("/"):
-        path = path / part
-        if path.is_symlink():
-            raise BankError(f"{path} is a link, which a bank does not have; remove it")
-    return path
-
-
-def _refuse_links(out: Path) -> None:
-    """Raises `BankError` for a link anywhere below the destination: what comes would follow it."""
-    left = [out]
-    while left:
-        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(left.pop()) as entries:
-            for entry in entries:
-                if entry.is_symlink():
-                    raise BankError(
-                        f"{out}: {shown(os.path.relpath(entry.path, out))} is a link, which a bank "
-                        "does not have; remove it, or choose another place for the pull"
-                    )
-                if entry.is_dir(follow_symlinks=False):
-                    left.append(Path(entry.path))
-
-
-def fetch_notes(store: Store, out: Path, say: Callable[[str], None]) -> None:
-    """Fetches the few small notes that travel with a bank; others stay there.
-
-    Nothing vouches for them but their signatures; one that cannot be had is said, no more.
-    """
-    try:
-        names = _note_names(store)
-    except StoreError as error:
-        say(f"no notes: {error}")
-        return
-    for name in names:
-        try:
-            content = _note(store, name)
-        except StoreError as error:
-            say(f"without {name}: {error}")
-            continue
-        if content is not None:
-            inside(out, name)
-            _put(out, name, content)
-
-
-def _note(store: Store, name: str) -> bytes | None:
-    return with_retries(lambda: store.document(name, most_bytes=MOST_NOTE_BYTES))
-
-
-def _note_names(store: Store) -> Sequence[str]:
-    known = ["notes/README.md", "notes/seal.json.sig"]
-    if not store.can_list:
-        return known
-    sizes: Mapping[str, int] = with_retries(lambda: store.below("notes").sizes())
-    others = [f"notes/{name}" for name in sorted(sizes) if _is_measurement(name)]
-    return [name for name in known if name[6:] in sizes] + others[:MOST_NOTES]
-
-
-def _is_measurement(name: str) -> bool:
-    stem, dot, ending = name.partition(".")
-    safe = stem.isascii() and stem.replace("-", "").replace("_", "").isalnum()
-    return dot == "." and ending == "json" and safe and len(name) <= 100

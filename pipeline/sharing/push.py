@@ -20,11 +20,11 @@ from patchbank.pipeline.bank.reader import Bank, open_bank
 from patchbank.pipeline.bank.seal_record import SEAL, seal_bytes
 from patchbank.pipeline.bank.writer import FileRecord
 from patchbank.pipeline.errors import BankError, BankMismatch, PatchbankError, StoreError
+from patchbank.pipeline.sharing.notes import NOTES, own_notes
 from patchbank.pipeline.sharing.push_record import PushRecord
 from patchbank.pipeline.sharing.remote_seal import (
     CARD,
     MOST_CARD_BYTES,
-    MOST_NOTE_BYTES,
     RemoteSeal,
     holds_all_of,
     read_remote_seal,
@@ -34,7 +34,6 @@ from patchbank.pipeline.sharing.store import Store, Upload
 from patchbank.pipeline.sharing.transfer import Traffic, in_parallel, with_retries
 from patchbank.pipeline.specs import Json, differing_fields
 
-NOTES = "notes"
 CHECKS_AT_ONCE = 16
 Progress = Callable[[int, int], None]
 
@@ -212,7 +211,7 @@ def push_bank(
     record = record or PushRecord(None)
     plan = plan or plan_push(opened, store, record)
     traffic = Traffic(plan.n_bytes, limit_bytes_per_s=limit_bytes_per_s, progress=progress)
-    everything = _notes(opened.path) | dict(notes or {})
+    everything = own_notes(opened.path) | dict(notes or {})
     try:
         if not plan.is_done:
             _send(opened, store, plan, traffic, record)
@@ -253,23 +252,8 @@ def _send(bank: Bank, store: Store, plan: PushPlan, traffic: Traffic, record: Pu
     put([file for file in plan.replace if file.path != CARD or plan.there is not None])
 
 
-def _notes(bank: Path) -> dict[str, bytes]:
-    """The notes of a bank that travel with it: measurements, the signature; nothing large."""
-    found: dict[str, bytes] = {}
-    if (bank / NOTES).is_symlink():
-        return found  # a stranger's bank must not send what lies elsewhere on this disk
-    for path in sorted((bank / NOTES).glob("*")):
-        travels = path.suffix == ".json" or path.name == "seal.json.sig"
-        is_small = (
-            path.is_file() and not path.is_symlink() and path.stat().st_size <= MOST_NOTE_BYTES
-        )
-        if travels and is_small:
-            found[path.name] = path.read_bytes()
-    return found
-
-
 def _send_notes(store: Store, notes: Mapping[str, bytes]) -> None:
-    uploads = [document_upload(f"{NOTES}/{name}", notes[name]) for name in sorted(notes)]
+    uploads = [document_upload(name, notes[name]) for name in sorted(notes)]
     store.put_all(uploads, lambda _: None, lambda _: None)
 
 

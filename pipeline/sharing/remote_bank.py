@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from patchbank.pipeline.bank.layout import ShardLayout, crc32c
+from patchbank.pipeline.bank.layout import crc32c
 from patchbank.pipeline.bank.places import RowPlaces, Tail, read_places
 from patchbank.pipeline.bank.reader import Bank
 from patchbank.pipeline.bank.schema import BankSchema
@@ -16,18 +15,18 @@ from patchbank.pipeline.errors import BankCorrupt, BankError, NotInStore
 from patchbank.pipeline.sharing.remote_files import RemoteFiles
 from patchbank.pipeline.sharing.remote_rows import RemoteRows
 from patchbank.pipeline.sharing.remote_seal import (
-    MOST_NOTE_BYTES,
-    SIGNATURES,
     read_remote_seal,
     seal_content,
 )
 from patchbank.pipeline.sharing.settings import ShareSettings, load_settings
 from patchbank.pipeline.sharing.store import Store
 from patchbank.pipeline.sharing.stores import open_store
-from patchbank.pipeline.sharing.transfer import with_retries
+from patchbank.pipeline.sharing.trust import check_trust, read_signatures
 from patchbank.pipeline.specs import Json
 
 CHECKSUM_BYTES = 4
+MOST_INDEX_BYTES = 64 * 2**20
+"""Of four million rows; a card may claim any number."""
 MOST_OPENINGS = 5
 """Of a bank that grows again and again while it is opened."""
 
@@ -71,15 +70,17 @@ class RemoteBank(Bank):
 
     def stored_places(self, layer: int, kind: str = "patches") -> RowPlaces:
         array = self.array(layer, kind)
-        layout = array.layout(self.schema.rows_per_shard)
+        index_bytes = array.layout(self.schema.rows_per_shard).index_bytes
 
         def read_tails(names: Sequence[str], n_bytes: int) -> list[Tail]:
-            return self.remote.each(lambda name: self._tail(name, n_bytes, layout), names)
+            return self.remote.each(lambda name: self._tail(name, n_bytes), names)
 
         with self._as_opened():
+            if index_bytes > MOST_INDEX_BYTES or len(self.status) != self.n_rows:
+                raise BankCorrupt(f"shards of {self.schema.rows_per_shard} rows are none of a bank")
             return read_places(self.path, self.schema, array, read_tails=read_tails)
 
-    def _tail(self, name: str, n_bytes: int, layout: ShardLayout) -> Tail:
+    def _tail(self, name: str, n_bytes: int) -> Tail:
         """The index of a shard: from the cache if its checksum is right, else from afar."""
         size = self.seal.files[name].size
         start = max(0, size - n_bytes)
@@ -140,12 +141,7 @@ def _opened(url: str, store: Store, settings: ShareSettings) -> RemoteBank:
 
 
 def _signed_by(store: Store, content: bytes, settings: ShareSettings) -> tuple[str, ...]:
-    """Who signed a bank, where the settings ask for it; raises what `trust.check_trust` does."""
-    if settings.require_signature == "nothing":
+    """Who signed a bank, where the settings name whom to trust; raises what `check_trust` does."""
+    if settings.allowed_signers is None:
         return ()
-    trust = import_module("patchbank.pipeline.sharing.trust")
-    signatures = with_retries(lambda: store.document(SIGNATURES, most_bytes=MOST_NOTE_BYTES))
-    found: tuple[str, ...] = trust.check_trust(
-        content, signatures, where=store.url, settings=settings
-    )
-    return found
+    return check_trust(content, read_signatures(store), where=store.url, settings=settings)

@@ -42,6 +42,8 @@ REQUESTS_AT_ONCE = 32
 """A bucket answers after 20 to 50 ms, however little it is asked for."""
 PIECE_BYTES = 8 * 2**20
 """What one request asks for of a file that is fetched whole."""
+MOST_ASKED = 64
+"""Files whose sizes are asked for where a store cannot list them."""
 LEAST_LIMIT_BYTES = 2**30
 """Small files up to this are fetched whatever the limit of the cache is."""
 Item = TypeVar("Item")
@@ -259,16 +261,20 @@ class RemoteFiles:
             file.write(data)
 
     def check_sizes(self) -> None:
-        """Compares all sizes with what the store lists, where it can; `BankCorrupt`."""
-        store = self._process().store
-        listed = with_retries(store.sizes) if store.can_list else None
-        for name, record in self.seal.files.items():
-            found = record.size if listed is None else listed.get(name)
+        """Compares sizes with what the store tells: all where it can list, else those of the
+        largest files, so that no memory is taken on a seal's word. Raises `BankCorrupt`."""
+        store, records = self._process().store, list(self.seal.files.values())
+        if store.can_list:
+            sizes = with_retries(store.sizes)
+            told = [sizes.get(record.path) for record in records]
+        else:
+            records = sorted(records, key=lambda record: record.size)[-MOST_ASKED:]
+            told = self.each(lambda record: with_retries(lambda: store.size(record.path)), records)
+        for record, found in zip(records, told, strict=True):
             if found != record.size:
-                what = "is missing" if found is None else f"has {found} bytes"
-                raise BankCorrupt(
-                    f"{self.where}: {shown(name)} {what}, sealed {record.size}; {self._advice}"
-                )
+                told_of = "is missing" if found is None else f"has {found} bytes"
+                what = f"{shown(record.path)} {told_of}, sealed {record.size}"
+                raise BankCorrupt(f"{self.where}: {what}; {self._advice}")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_processes": {}, "meter": None}

@@ -23,6 +23,7 @@ CREDENTIALS = (
 MISSING = "s3:// needs botocore: pip install 'patchbank[s3]'"
 BUSY = {"SlowDown", "RequestTimeout", "RequestTimeTooSkewed", "Throttling", "OperationAborted"}
 ALTERED = {"BadDigest", "InvalidDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
+NOT_LET_IN = {"ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "UnsupportedAlgorithm"}
 CONNECTIONS = 32
 
 
@@ -122,7 +123,7 @@ def _refusal(answer: dict[str, Any], where: str, bucket: str) -> StoreError:
     if code in ALTERED:
         return StoreError(f"{where}: the server got other bytes than were sent", may_pass=True)
     reason = shown(f"{code} {said}".strip())
-    if status in (401, 403) or code in ("ExpiredToken", "InvalidToken"):
+    if status in (401, 403) or code in NOT_LET_IN:
         return StoreError(f"{where}: access refused ({reason}); {CREDENTIALS}")
     if status in (301, 307, 400) and "region" in said.lower():
         return StoreError(f"{where}: {reason}; set AWS_REGION to the region of the bucket")

@@ -15,6 +15,7 @@ from patchbank.pipeline.errors import NotInStore, StoreError
 from patchbank.pipeline.sharing.s3_client import asking, connect
 from patchbank.pipeline.sharing.store import Meter, Upload
 from patchbank.pipeline.sharing.transfer import in_parallel, put_in_parallel, with_retries
+from patchbank.pipeline.sharing.upkeep import UnfinishedUpload
 from patchbank.pipeline.sharing.wire import (
     ASK_TRIES,
     MOST_FILES,
@@ -233,6 +234,34 @@ class S3Store:
     def _remove(self, name: str) -> None:
         with suppress(NotInStore):
             with_retries(partial(self._call, "delete_object", name), tries=ASK_TRIES)
+
+    def newest_s(self) -> float | None:
+        """See `TellsAge`."""
+        times = [
+            entry["LastModified"].timestamp()
+            for page in self._pages()
+            for entry in page.get("Contents", ())
+        ]
+        return max(times, default=None)
+
+    def unfinished_uploads(self) -> list[UnfinishedUpload]:
+        """See `KeepsUploads`; none where the server does not list them, or beyond a thousand."""
+        with suppress(StoreError), asking(self.url, "", self.bucket):
+            answer = self._client().list_multipart_uploads(Bucket=self.bucket, Prefix=self._folder)
+            return [
+                UnfinishedUpload(
+                    each["Key"].removeprefix(self._folder),
+                    each["UploadId"],
+                    each["Initiated"].timestamp(),
+                )
+                for each in answer.get("Uploads", ())
+            ]
+        return []
+
+    def abandon(self, upload: UnfinishedUpload) -> None:
+        """See `KeepsUploads`."""
+        with suppress(NotInStore):
+            self._call("abort_multipart_upload", upload.name, UploadId=upload.upload_id)
 
     def _head(self, name: str, **options: Any) -> dict[str, Any] | None:
         try:

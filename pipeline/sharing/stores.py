@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -51,13 +52,18 @@ def safe_url(url: str) -> str:
     scheme, rest = url.split("://", 1)
     place = rest.split("?", 1)[0].split("#", 1)[0].rstrip("/")
     host, slash, path = place.partition("/")
+    if "@" in path and ":" in host and not host.rpartition(":")[2].isdigit():
+        # A secret key with a slash in it, as those of S3 may have.
+        host, slash, path = place.rpartition("@")[2].partition("/")
     return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
 
 
 def split_place(place: str) -> tuple[str, str]:
-    """The folder that a bank lies in, and the bank's name there."""
+    """The folder that a bank lies in, and the bank's name there; a query, which may be a secret, is
+    no part of the name."""
     if not is_url(place):
         path = Path(place).absolute()
         return str(path.parent), path.name
-    parent, _, name = place.rstrip("/").rpartition("/")
-    return parent, name
+    address, query = re.fullmatch(r"([^?#]*)(.*)", place, re.DOTALL).groups()  # type: ignore[union-attr]
+    parent, _, name = address.rstrip("/").rpartition("/")
+    return parent + query, name
