@@ -135,6 +135,20 @@ def test_the_code_for_patchbank_runs_and_says_what_it_was_made_from(
     assert f"| `{sealed.fingerprint}` | `float16` |" in card
 
 
+def test_the_code_for_a_bank_without_tokens_gives_its_vectors(
+    sealed: Bank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bank = rebuild_bank([sealed], tmp_path / "pooled.bank", storage="pooled")
+    monkeypatch.chdir(tmp_path)
+    card = dataset_card(bank, name="pooled.bank")
+    for block in code_blocks(card, "python"):
+        found: dict[str, Any] = {}
+        exec(block, found)
+        assert "tokens" not in found
+        np.testing.assert_array_equal(found["vectors"][:16], bank.pooled(2)[:16])
+    assert "mean, max and min of each clip, float32, of float16 tokens" in card
+
+
 def test_no_value_becomes_markup(sealed: Bank) -> None:
     encoder = {**sealed.card["encoder"], "name": HOSTILE, "weights_sha256": HOSTILE}
     parents = [{"fingerprint": "0" * 64, "stored_dtype": HOSTILE, "splits": [HOSTILE], "layers": 3}]

@@ -80,7 +80,10 @@ def test_a_bank_comes_back_as_it_was_pushed(
     card = dataset_card(sealed, name="x.bank", url=store.url).encode()
     sent: list[int] = []
     push_bank(
-        sealed.path, store, notes={"README.md": card}, progress=lambda done, _: sent.append(done)
+        sealed.path,
+        store,
+        notes={"notes/README.md": card},
+        progress=lambda done, _: sent.append(done),
     )
     assert sent[-1] == sealed.seal.bank_bytes
     assert hub.repositories[NAME].is_private
@@ -364,6 +367,32 @@ def test_batches_are_small_and_keep_the_order() -> None:
     ]  # fmt: skip
     assert [one for batch in batches for one in batch] == uploads
     assert list(hub_store.in_batches([], most_files=3, most_bytes=6)) == []
+
+
+def test_the_commands_of_the_page_run(
+    hub: FakeDataSetHub,
+    sealed: Bank,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from patchbank.cli.main import main
+
+    monkeypatch.setenv("PATCHBANK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATCHBANK_SETTINGS", str(tmp_path / "none.toml"))
+    monkeypatch.chdir(tmp_path)
+    place = "hf://datasets/team/banks"
+    licence = ["--data-licence", "CC-BY-NC-3.0"]
+    assert main(["bank", "push", str(sealed.path), place, "--data", "esc50", *licence]) == 0
+    said = capsys.readouterr()
+    assert "CC-BY-NC-3.0, allows no commercial use" in said.err
+    assert TOKEN not in said.err + said.out
+    repository = hub.repositories["team/banks"]
+    repository.branches["v1.0"] = repository.branches["main"]
+    assert main(["bank", "pull", f"{place}@v1.0/fake.bank"]) == 0
+    assert open_bank(tmp_path / "fake.bank").root_sha256 == sealed.root_sha256
+    assert main(["bank", "ls", place]) == 0
+    assert "esc50" in capsys.readouterr().out
 
 
 def test_a_remote_bank_is_read_from_the_hub(

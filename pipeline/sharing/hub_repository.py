@@ -16,6 +16,7 @@ from typing import Any
 from patchbank.pipeline.bank.damage import shown
 from patchbank.pipeline.bank.seal_record import MOST_BYTES
 from patchbank.pipeline.errors import NotInStore, PatchbankError, StoreError
+from patchbank.pipeline.sharing.hub_errors import store_error
 from patchbank.pipeline.sharing.wire import (
     CONNECT_S,
     MOST_FILES,
@@ -29,8 +30,6 @@ COMMIT_ID = re.compile("[0-9a-f]{40}")
 SHA256 = re.compile("[0-9a-f]{64}")
 COMMITTED_S = 600.0
 """How long the hub may take over a commit without a word."""
-PASSING = (408, 409, 412, 425, 429, 500, 502, 503, 504)
-"""Answers after which the same question may succeed: busy, too many at once, moved meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -216,61 +215,9 @@ class HubRepository:
             yield
         except PatchbankError:
             raise
-        except (
-            Exception
-        ) as error:  # what a way through other people's machines raises is not bounded
-            raise self._told(error, path) from error
-
-    def _told(self, error: BaseException, path: str | None) -> StoreError:
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            GatedRepoError,
-            HfHubHTTPError,
-            OfflineModeIsEnabled,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
-
-        if isinstance(error.__cause__, Exception) and isinstance(error, RuntimeError):
-            error = error.__cause__  # the client's own words about one of several files
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-        if isinstance(error, OfflineModeIsEnabled):
-            return StoreError(f"{self} cannot be asked: HF_HUB_OFFLINE is set; unset it")
-        if isinstance(error, GatedRepoError):
-            return StoreError(
-                f"{self} asks for its conditions to be accepted; do so on its page, then: "
-                "hf auth login"
-            )
-        if isinstance(error, RevisionNotFoundError):
-            return StoreError(
-                f"{self} has no revision {shown(self.revision)}; make the branch on the hub, or "
-                "leave it out"
-            )
-        if isinstance(error, EntryNotFoundError):
-            return NotInStore(f"{self} has no file {path or 'of that name'}")
-        if isinstance(error, RepositoryNotFoundError) or status == 401:
-            return StoreError(
-                f"the hub has no data set {self.name} that you may read; check the name, or: "
-                "hf auth login"
-            )
-        if status == 403:
-            return StoreError(
-                f"{self}: you may not do that{_said(error)}; ask its owners, or use a token that "
-                "may write: hf auth login"
-            )
-        if status is not None:
-            advice = "; wait, and run the same command again" if status in PASSING else ""
-            return StoreError(
-                f"{self}: the hub answered {status}{_said(error)}{advice}",
-                may_pass=status in PASSING,
-            )
-        kind = type(error)
-        is_network = kind.__module__.split(".")[0].startswith("httpx") or isinstance(
-            error, ConnectionError | TimeoutError
-        )
-        if is_network:
-            return StoreError(f"{self} cannot be reached: {kind.__name__}", may_pass=True)
-        return StoreError(f"{self}: {kind.__name__}: {_without_secrets(str(error))}")
+        # What a way through other people's machines raises is not bounded.
+        except Exception as error:
+            raise store_error(error, name=self.name, revision=self.revision, path=path) from error
 
 
 @contextmanager
@@ -289,17 +236,6 @@ def _quietly() -> Iterator[None]:
         client.logging.set_verbosity(level)
         if had_bars:
             client.enable_progress_bars()
-
-
-def _said(error: BaseException) -> str:
-    """What the hub's answer says, in brackets."""
-    words = _without_secrets(str(getattr(error, "server_message", None) or ""))
-    return f" ({words})" if words else ""
-
-
-def _without_secrets(text: str) -> str:
-    line = " ".join(text.split())
-    return shown(re.sub(r"https?://\S+|hf_\w+|Bearer \S+", "...", line))
 
 
 def _commit_id(value: object) -> str:

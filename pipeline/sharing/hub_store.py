@@ -18,6 +18,7 @@ from urllib.parse import quote, unquote
 from patchbank.pipeline.bank.writer import FileRecord
 from patchbank.pipeline.errors import NotInStore, StoreError
 from patchbank.pipeline.sharing.hub_repository import COMMIT_ID, HubFile, HubRepository, is_inside
+from patchbank.pipeline.sharing.notes import CARD
 from patchbank.pipeline.sharing.store import Meter, Upload
 from patchbank.pipeline.sharing.stores import safe_url
 from patchbank.pipeline.sharing.transfer import Counted, with_retries
@@ -33,7 +34,6 @@ SENT_FILES, SENT_BYTES = 50, 10**9
 """What is sent between two looks at the progress, likewise."""
 REPOSITORYS_OWN = (".gitattributes", "README.md")
 """Files that a data set has at its top, whatever lies there."""
-CARD = "notes/README.md"
 PAGE = "README.md"
 
 
