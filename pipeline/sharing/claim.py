@@ -19,10 +19,12 @@ from patchbank.pipeline.bank.seal_record import as_digest, parse_json
 from patchbank.pipeline.bank.writer import FileRecord
 from patchbank.pipeline.errors import BankMismatch, StoreError
 from patchbank.pipeline.sharing.store import Store, Upload
-from patchbank.pipeline.sharing.transfer import pause, with_retries
+from patchbank.pipeline.sharing.transfer import pause, wait_unless_stopped, with_retries
 
 CLAIM = "notes/pushing.json"
 MOST_CLAIM_BYTES = 4_096
+SETTLES_S = 1.0
+"""So long may another push that saw no claim either take to write its own."""
 
 
 @runtime_checkable
@@ -111,12 +113,16 @@ def take(store: Store, bank: Bank) -> Claim:
     upload = _upload(own)
     if found is not None or not isinstance(store, CreatesOnce) or not _created(store, upload):
         store.put_all([upload], lambda _: None, lambda _: None)
+        wait_unless_stopped(SETTLES_S)
     return require(store, bank)
 
 
 def _created(store: CreatesOnce, upload: Upload) -> bool:
     """Whether there is a claim now, made by this push or by another that was faster."""
     if with_retries(lambda: store.create(upload)):
+        if with_retries(lambda: store.create(upload)):
+            # It overwrites, so another push may do so too: the last one has the place.
+            wait_unless_stopped(SETTLES_S)
         return True
     assert isinstance(store, Store)
     for attempt in (1, 2):
