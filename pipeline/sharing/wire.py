@@ -101,9 +101,11 @@ class Outgoing:
         return 0
 
     def read(self, n_bytes: int = -1) -> bytes:
+        """The next piece of `READ_BYTES` at most, however few are asked for: clients of HTTP send
+        what they are given, and those of 128 KiB cost a fifth of the speed."""
         left = len(self) - self.tell()
         try:
-            piece = self._file.read(left if n_bytes < 0 else min(n_bytes, left))
+            piece = self._file.read(min(left, READ_BYTES))
         except OSError as error:
             raise self._damaged(f"cannot be read ({error.strerror})") from error
         self.sha256.update(piece)
