@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import random
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from faulty_proxy import Reply, Request, lying_server
 from servers import Server, SshServer
 
 from patchbank.pipeline.bank.writer import FileRecord
@@ -349,6 +351,32 @@ def test_a_large_file_goes_in_parts(s3_bucket: str, monkeypatch: pytest.MonkeyPa
     with pytest.raises(StoreError, match="patchbank bank verify"):
         store.put(Upload(content[:-1] + b"?", record), nothing)
     assert read(store, "c.0", 0, len(content)) == content
+
+
+def test_a_listing_of_several_pages_is_whole(s3_bucket: str, s3_server: Server) -> None:
+    folder = s3_server.folder / s3_bucket.removeprefix("s3://") / "x.bank/commits"
+    folder.mkdir(parents=True)
+    for number in range(1_050):
+        (folder / f"{number:05d}.json").write_bytes(b"1")
+    store = open_store(f"{s3_bucket}/x.bank")
+    assert store.sizes() == {f"commits/{number:05d}.json": 1 for number in range(1_050)}
+
+
+def test_user_and_password_of_a_web_server_come_from_netrc(home: Path) -> None:
+    (home / ".netrc").write_text("machine 127.0.0.1 login me password s3cret")
+    (home / ".netrc").chmod(0o600)
+    expected = f"Basic {base64.b64encode(b'me:s3cret').decode()}"
+
+    def reply(request: Request) -> Reply:
+        status = 200 if request.authorization == expected else 401
+        return status, {"Content-Length": "2"}, iter([b"{}"])
+
+    with lying_server(reply) as port:
+        store = open_store(f"http://127.0.0.1:{port}/x.bank")
+        assert store.document("zarr.json", most_bytes=9) == b"{}"
+        (home / ".netrc").unlink()
+        with pytest.raises(StoreError, match=r"access refused \(401\).*~/.netrc"):
+            open_store(store.url).document("zarr.json", most_bytes=9)
 
 
 def test_a_server_of_an_unknown_key_is_refused_with_what_to_type(
