@@ -12,6 +12,8 @@ import pytest
 from audio_sets import write_clip_set
 from fake_packages import Install
 from servers import (  # noqa: F401
+    gs_bucket,
+    gs_server,
     home,
     http_folder,
     make_bucket,

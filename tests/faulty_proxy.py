@@ -121,6 +121,7 @@ class Request:
     start: int | None
     """First and last byte of its range, where it asked for one."""
     last: int | None
+    authorization: str | None = None
 
 
 Reply = tuple[int, dict[str, str], Iterator[bytes]]
@@ -136,7 +137,9 @@ def lying_server(reply: Callable[[Request], Reply]) -> Iterator[int]:
         def answer(self) -> None:
             found = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
             span = (int(found[1]), int(found[2])) if found else (None, None)
-            status, headers, body = reply(Request(self.command, self.path, *span))
+            status, headers, body = reply(
+                Request(self.command, self.path, *span, self.headers.get("Authorization"))
+            )
             self.close_connection = True
             with suppress(OSError):
                 self.send_response(status)

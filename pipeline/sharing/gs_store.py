@@ -1,136 +1,128 @@
-"""A bucket of Google Cloud Storage as a store, over gcsfs."""
+"""A bucket of Google Cloud Storage, as a store; credentials and connections are gcsfs's."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import json
+import os
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 from patchbank.pipeline.bank.writer import FileRecord
 from patchbank.pipeline.errors import NotInStore, StoreError
-from patchbank.pipeline.sharing.store import PIECE_BYTES, Meter, Upload
+from patchbank.pipeline.sharing.http_client import HttpFiles, session_options
+from patchbank.pipeline.sharing.store import Meter, Upload
 from patchbank.pipeline.sharing.transfer import in_parallel, put_in_parallel, with_retries
-from patchbank.pipeline.sharing.wire import ASK_TRIES, PerProcess, ends_early, too_large
+from patchbank.pipeline.sharing.wire import ASK_TRIES, MOST_FILES, Outgoing, PerProcess
 
 MISSING = "gs:// needs gcsfs: pip install 'patchbank[gs]'"
-CREDENTIALS = (
-    "credentials are looked for where Google's tools do: GOOGLE_APPLICATION_CREDENTIALS, "
-    "`gcloud auth application-default login`, the role of the machine"
+REFUSED = (
+    "credentials are looked for in the file that GOOGLE_APPLICATION_CREDENTIALS names, in those of "
+    "`gcloud auth application-default login`, and in the role of the machine"
 )
 
 
-def connect() -> Any:
-    """A file system of gcsfs, which asks anew each time; `StoreError` where it is missing."""
-    try:
-        # The plain one: another class of this package asks for the kind of a bucket by gRPC first.
-        from gcsfs.core import GCSFileSystem
-    except ImportError as error:
-        raise StoreError(MISSING) from error
-    return GCSFileSystem(use_listings_cache=False, skip_instance_cache=True)
-
-
 class GsStore:
-    """See `Store`. The server tells the MD5 of each file, which is compared with what was sent."""
+    """See `Store`. A file is one object, sent in one request: it is there whole or not at all."""
 
     is_writable = True
     can_list = True
 
-    def __init__(self, place: str, files: PerProcess[Any]) -> None:
-        self.place = place
-        self._files = files
+    def __init__(self, bucket: str, prefix: str, fs: PerProcess[Any]) -> None:
+        self.bucket, self.prefix = bucket, prefix
+        self._fs = fs
+        self._files = PerProcess(self._connected)
 
     @classmethod
     def open(cls, url: str) -> GsStore:
         """The store of gs://bucket/folder; nothing is asked of the server yet."""
         parts = urlsplit(url)
-        if "@" in parts.netloc or not parts.netloc or parts.query:
-            raise StoreError("expected gs://bucket/folder, without user, password and query")
-        return cls(url.split("://", 1)[1].strip("/"), PerProcess(connect))
+        if "@" in parts.netloc or not parts.netloc:
+            raise StoreError("expected gs://bucket/folder, without user and password")
+        prefix = url.split("://", 1)[1].partition("/")[2].strip("/")
+        return cls(parts.netloc, prefix, PerProcess(_file_system))
 
     @property
     def url(self) -> str:
-        return f"gs://{self.place}"
+        return f"gs://{self.bucket}/{self.prefix}".rstrip("/")
 
     def below(self, part: str) -> GsStore:
-        return GsStore(self._path(part), self._files)
+        return GsStore(self.bucket, self._folder + part, self._fs)
 
     def sizes(self) -> Mapping[str, int]:
-        with self._asking(""):
-            found = self._files().find(self.place, detail=True)
-        prefix = f"{self.place}/"
         return {
-            path.removeprefix(prefix): int(entry["size"])
-            for path, entry in found.items()
-            if path.startswith(prefix) and entry["type"] == "file" and not path.endswith("/")
+            item["name"].removeprefix(self._folder): int(item["size"])
+            for page in self._pages(fields="items(name,size),nextPageToken")
+            for item in page.get("items", ())
+            if item["name"].startswith(self._folder) and not item["name"].endswith("/")
         }
 
     def folders(self) -> Sequence[str]:
-        try:
-            with self._asking(""):
-                entries = self._files().ls(self.place, detail=True)
-        except NotInStore:
-            return []
-        found = (entry["name"].rstrip("/") for entry in entries if entry["type"] == "directory")
-        return sorted(path.rpartition("/")[2] for path in found if path != self.place)
+        found = [
+            prefix.removeprefix(self._folder).rstrip("/")
+            for page in self._pages(fields="prefixes,nextPageToken", delimiter="/")
+            for prefix in page.get("prefixes", ())
+        ]
+        return sorted(name for name in found if name)
 
     def size(self, name: str) -> int | None:
-        entry = self._entry(name)
-        return None if entry is None else int(entry["size"])
+        ask = partial(self._ask, "GET", self._object(name), name, query={"fields": "size"})
+        try:
+            return int(with_retries(ask, tries=ASK_TRIES)["size"])
+        except NotInStore:
+            return None
+        except (KeyError, ValueError) as error:
+            raise StoreError(f"{self.url}/{name}: the server tells no size") from error
 
     def stream(self, name: str, start: int, stop: int) -> Iterator[bytes]:
-        while start < stop:
-            end = min(start + PIECE_BYTES, stop)
-            with self._asking(name):
-                piece: bytes = self._files().cat_file(self._path(name), start=start, end=end)
-            if len(piece) != end - start:
-                raise ends_early(f"{self.url}/{name}", start + len(piece), stop)
-            start = end
-            yield piece
+        return self._files().stream(name, start, stop)
 
     def document(self, name: str, *, most_bytes: int) -> bytes | None:
-        size = self.size(name)
-        if size is None:
-            return None
-        if size > most_bytes:
-            raise too_large(f"{self.url}/{name}", most_bytes)
-        return with_retries(lambda: b"".join(self.stream(name, 0, size)), tries=ASK_TRIES)
+        read = partial(self._files().document, name, most_bytes=most_bytes)
+        return with_retries(read, tries=ASK_TRIES)
 
     def put(self, upload: Upload, meter: Meter) -> None:
-        record, source = upload.record, upload.source
-        sha256, md5 = _digests(source)
-        if sha256 != record.sha256:
-            where = record.path if isinstance(source, bytes) else source
-            raise StoreError(
-                f"{where} has SHA-256 {sha256[:12]}, "
-                f"expected {record.sha256[:12]}: it is damaged or was changed, and was not sent; "
-                "run `patchbank bank verify` on the bank"
-            )
-        with self._asking(record.path):
-            if isinstance(source, bytes):
-                self._files().pipe_file(self._path(record.path), source)
-            else:
-                self._files().put_file(
-                    str(source), self._path(record.path), callback=_metering(meter)
+        record = upload.record
+        with Outgoing(upload, meter) as body:
+            try:
+                answer = self._ask(
+                    "POST",
+                    f"upload/storage/v1/b/{quote(self.bucket)}/o",
+                    record.path,
+                    data=_pieces(body),
+                    headers={
+                        "Content-Length": str(record.size),
+                        "Content-Type": "application/octet-stream",
+                    },
+                    query={"uploadType": "media", "name": self._folder + record.path},
                 )
-        entry = self._entry(record.path)
-        found = (entry or {}).get("md5Hash")
-        if entry is None or int(entry["size"]) != record.size or (found and found != md5):
-            raise StoreError(
-                f"{self.url}/{record.path}: what arrived is not what was sent", may_pass=True
-            )
-        if not found and not self._reads_as(record):
-            raise StoreError(f"{self.url}/{record.path}: other bytes arrived", may_pass=True)
+            except NotInStore as error:
+                raise self._no_bucket() from error
+            except StoreError as error:
+                raise body.error or error from error
+            body.check()
+            self._prove(record, answer.get("md5Hash"), body.md5.digest())
 
-    def _reads_as(self, record: FileRecord) -> bool:
-        hasher = hashlib.sha256()
-        for piece in self.stream(record.path, 0, record.size):
-            hasher.update(piece)
-        return hasher.hexdigest() == record.sha256
+    def _prove(self, record: FileRecord, told: str | None, md5: bytes) -> None:
+        """Returns once the server's object is proven to be what was sent."""
+        if told == base64.b64encode(md5).decode():
+            return
+        found, size = hashlib.sha256(), self.size(record.path)
+        if size == record.size:
+            for piece in self.stream(record.path, 0, record.size):
+                found.update(piece)
+        if size != record.size or found.hexdigest() != record.sha256:
+            raise StoreError(
+                f"{self.url}/{record.path}: what arrived has {size} bytes of SHA-256 "
+                f"{found.hexdigest()[:12]}, expected {record.size} of {record.sha256[:12]}",
+                may_pass=True,
+            )
 
     def put_all(
         self, uploads: Sequence[Upload], meter: Meter, done: Callable[[Upload], None]
@@ -138,80 +130,120 @@ class GsStore:
         put_in_parallel(self, uploads, meter, done)
 
     def proves(self, record: FileRecord, *, size: int) -> bool | None:
-        # The server tells MD5 and CRC-32C, a seal SHA-256.
+        # The server tells an MD5 and a CRC-32C, and the record has neither.
         return False if size != record.size else None
 
     def remove(self, names: Sequence[str]) -> None:
         in_parallel([partial(self._remove, name) for name in names])
 
     def _remove(self, name: str) -> None:
-        with suppress(NotInStore), self._asking(name):
-            self._files().rm_file(self._path(name))
+        with suppress(NotInStore):
+            with_retries(partial(self._ask, "DELETE", self._object(name), name), tries=ASK_TRIES)
 
-    def _entry(self, name: str) -> Mapping[str, Any] | None:
-        def ask() -> Mapping[str, Any]:
-            with self._asking(name):
-                found: Mapping[str, Any] = self._files().info(self._path(name))
-                return found
+    def _pages(self, **options: str) -> Iterator[dict[str, Any]]:
+        """Answers to one listing; `StoreError` where it does not end, or there is no bucket."""
+        path = f"storage/v1/b/{quote(self.bucket)}/o"
+        query = {"prefix": self._folder, **options}
+        n_files = 0
+        while n_files <= MOST_FILES:
+            try:
+                ask = partial(self._ask, "GET", path, "", query=query)
+                page = with_retries(ask, tries=ASK_TRIES)
+            except NotInStore as error:
+                raise self._no_bucket() from error
+            yield page
+            if not page.get("nextPageToken"):
+                return
+            n_files += max(1, len(page.get("items", ())))
+            query = {**query, "pageToken": str(page["nextPageToken"])}
+        raise StoreError(f"{self.url} holds more than {MOST_FILES} files, which no bank does")
 
+    def _ask(
+        self,
+        verb: str,
+        path: str,
+        name: str,
+        *,
+        query: Mapping[str, str] = MappingProxyType({}),
+        headers: Mapping[str, str] = MappingProxyType({}),
+        data: Any = None,
+    ) -> dict[str, Any]:
+        """The JSON that an answer holds."""
+        fs, where = self._fs(), f"{self.url}/{name}".rstrip("/")
+
+        async def asked() -> Any:
+            from yarl import URL
+
+            url = URL(f"{fs._location}/{path}?{urlencode(query)}", encoded=True)
+            own = _headers(fs, dict(headers), where)
+            return await fs.session.request(verb, url, headers=own, data=data)
+
+        content = self._files().said(asked(), where)
         try:
-            entry = with_retries(ask, tries=ASK_TRIES)
-        except NotInStore:
-            return None
-        return entry if entry["type"] == "file" else None
+            answer = json.loads(content or b"{}")
+        except ValueError as error:
+            raise StoreError(f"{where}: the answer is no JSON", may_pass=True) from error
+        return answer if isinstance(answer, dict) else {}
 
-    def _path(self, name: str) -> str:
-        return f"{self.place}/{name}"
+    def _connected(self) -> HttpFiles:
+        fs = self._fs()
 
-    @contextmanager
-    def _asking(self, name: str) -> Iterator[None]:
-        """Turns what gcsfs raises into `StoreError` and `NotInStore`."""
-        where = f"{self.url}/{name}".rstrip("/")
-        try:
-            yield
-        except StoreError:
-            raise
-        except FileNotFoundError as error:
-            raise NotInStore(f"there is no {where}") from error
-        except Exception as error:
-            status = getattr(error, "code", None) or getattr(error, "status", None)
-            kind = type(error).__name__
-            if status in (401, 403) or kind in ("RefreshError", "DefaultCredentialsError"):
-                raise StoreError(f"{where}: access refused ({kind}); {CREDENTIALS}") from error
-            may_pass = (
-                isinstance(error, OSError | TimeoutError)
-                or status in (408, 429)
-                or (isinstance(status, int) and status >= 500)
-            )
-            raise StoreError(f"{where}: {kind}; {CREDENTIALS}", may_pass=may_pass) from error
+        async def get(name: str, headers: Mapping[str, str]) -> Any:
+            from yarl import URL
 
+            url = URL(f"{fs._location}/download/{self._object(name)}?alt=media", encoded=True)
+            own = _headers(fs, dict(headers), f"{self.url}/{name}")
+            return await fs.session.get(url, headers=own)
 
-def _digests(source: Path | bytes) -> tuple[str, str]:
-    """SHA-256 in hexadecimal and MD5 in base64, as Google tells it."""
-    sha256, md5 = hashlib.sha256(), hashlib.md5(usedforsecurity=False)
-    if isinstance(source, bytes):
-        sha256.update(source)
-        md5.update(source)
-    else:
-        with source.open("rb") as file:
-            while piece := file.read(2**20):
-                sha256.update(piece)
-                md5.update(piece)
-    return sha256.hexdigest(), base64.b64encode(md5.digest()).decode()
+        return HttpFiles(get, fs.loop, self.url, REFUSED)
+
+    def _object(self, name: str) -> str:
+        return f"storage/v1/b/{quote(self.bucket)}/o/{quote(self._folder + name, safe='')}"
+
+    def _no_bucket(self) -> StoreError:
+        return StoreError(
+            f"{self.url}: there is no bucket {self.bucket}; make it or correct the address"
+        )
+
+    @property
+    def _folder(self) -> str:
+        return f"{self.prefix}/" if self.prefix else ""
 
 
-def _metering(meter: Meter) -> Any:
-    """A callback of fsspec that tells a meter of the bytes sent."""
-    from fsspec.callbacks import Callback
+def _headers(fs: Any, headers: dict[str, str], where: str) -> dict[str, str]:
+    """Headers with what lets a user in."""
+    from google.auth.exceptions import GoogleAuthError
 
-    class Metering(Callback):  # type: ignore[misc]
-        value: int
+    try:
+        found: dict[str, str] = fs._get_headers(headers)
+    except GoogleAuthError as error:
+        raise StoreError(f"{where}: {type(error).__name__}; {REFUSED}") from error
+    return found
 
-        def relative_update(self, inc: int = 1) -> None:
-            meter(inc)
 
-        def absolute_update(self, value: int) -> None:
-            meter(value - self.value)
-            self.value = value
+async def _pieces(body: Outgoing) -> AsyncIterator[bytes]:
+    """The bytes of a file, read and hashed beside the event loop."""
+    while piece := await asyncio.to_thread(body.read):
+        yield piece
 
-    return Metering()
+
+def _file_system() -> Any:
+    try:
+        from fsspec.asyn import sync
+        from gcsfs.core import GCSFileSystem
+
+        options = session_options()
+    except ImportError as error:
+        raise StoreError(MISSING) from error
+    # The project only matters to those who make buckets, but gcsfs warns where it is None.
+    fs = GCSFileSystem(
+        project=os.environ.get("GOOGLE_CLOUD_PROJECT", ""),
+        session_kwargs=options,
+        skip_instance_cache=True,
+        use_listings_cache=False,
+    )
+    # gcsfs asks as anybody may where it cannot use a key.
+    if os.environ.get("GOOGLE_APPLICATION_CREDENTIALS") and fs.credentials.method == "anon":
+        raise StoreError(f"gs: GOOGLE_APPLICATION_CREDENTIALS names no key of Google's; {REFUSED}")
+    sync(fs.loop, fs._set_session)
+    return fs

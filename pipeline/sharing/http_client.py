@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from patchbank.pipeline.errors import NotInStore, StoreError
 from patchbank.pipeline.sharing.wire import (
     CONNECT_S,
+    MOST_ANSWER_BYTES,
     READ_BYTES,
     SILENT_S,
     check_range,
@@ -78,15 +79,25 @@ class HttpFiles:
             raise too_large(where, most_bytes)
         return content
 
-    @contextmanager
+    def said(self, asked: Awaitable[Any], where: str) -> bytes:
+        """What an answer says that is no file; `StoreError` where it goes on and on."""
+        with self._checked(asked, where) as answer:
+            content: bytes = self._sync(_piece(answer, MOST_ANSWER_BYTES + 1), where)
+        if len(content) > MOST_ANSWER_BYTES:
+            raise too_large(f"{where}: an answer", MOST_ANSWER_BYTES)
+        return content
+
     def _answer(
         self, name: str, headers: Mapping[str, str], *, or_status: int = 200
-    ) -> Iterator[Any]:
-        where = f"{self.url}/{name}"
-        headers = {"Accept-Encoding": "identity", **headers}
-        answer = self._sync(self._get(name, headers), where)
+    ) -> AbstractContextManager[Any]:
+        asked = self._get(name, {"Accept-Encoding": "identity", **headers})
+        return self._checked(asked, f"{self.url}/{name}", or_status=or_status)
+
+    @contextmanager
+    def _checked(self, asked: Awaitable[Any], where: str, *, or_status: int = 200) -> Iterator[Any]:
+        answer = self._sync(asked, where)
         try:
-            if answer.status not in (200, 206, or_status):
+            if answer.status not in (200, 204, 206, or_status):
                 raise self._refusal(where, answer.status)
             yield answer
         finally:

@@ -29,7 +29,6 @@ from patchbank.pipeline.sharing.wire import (
 
 WINDOW_BYTES = 4 * 2**20
 """Asked for at once: paramiko keeps all that it asked for until it is taken."""
-SEND_BYTES = 2**18
 
 
 class SftpStore:
@@ -180,7 +179,7 @@ class SftpStore:
     def _send(self, client: Any, path: str, upload: Upload, meter: Meter) -> None:
         with Outgoing(upload, meter) as source, client.open(path, "wx") as file:
             file.set_pipelined(True)
-            while piece := source.read(SEND_BYTES):
+            while piece := source.read():
                 file.write(piece)
 
     def _prove(self, record: FileRecord, draft: str) -> None:
