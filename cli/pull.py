@@ -209,6 +209,7 @@ class _Pull:
         return facts
 
     def part(self, chosen: Part, *, dry_run: bool) -> Facts:
+        from patchbank.pipeline.bank.seal_record import seal_bytes
         from patchbank.pipeline.sharing.partial import part_bytes, pull_part
         from patchbank.pipeline.sharing.remote_seal import read_remote_seal
         from patchbank.pipeline.sharing.stores import open_store, safe_url
@@ -226,16 +227,22 @@ class _Pull:
         }
         if dry_run:
             return facts
+        before = seal_bytes(self.out)
         with byte_bar("pull") as progress:
             made = pull_part(
                 self.place,
                 self.out,
                 **chosen.options,
                 limit_bytes_per_s=self.limit,
-                progress=progress,
+                # What is read before anything is chosen comes without a total.
+                progress=lambda done, total: progress(done, total or planned.travel_bytes),
                 say=lambda line: print(line, file=sys.stderr),
             )
-        return facts | {"fingerprint": made.fingerprint, "root_sha256": made.root_sha256}
+        return facts | {
+            "fingerprint": made.fingerprint,
+            "root_sha256": made.root_sha256,
+            "was_there": before is not None and before == seal_bytes(self.out),
+        }
 
 
 def destination(dest: str | None, name: str) -> Path:

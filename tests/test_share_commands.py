@@ -223,6 +223,10 @@ def test_a_part_goes_beside_the_whole_bank_and_not_onto_another(
     stem = sealed.path.stem
     assert {path.name for path in tmp_path.glob("*.bank")} == {f"{stem}.bank", f"{stem}.train.bank"}
     capsys.readouterr()
+    assert main(["bank", "pull", url, "--split", "train"]) == 0
+    out, err = capsys.readouterr()
+    assert f"{stem}.train.bank: is here already" in out
+    assert "of 0 B" not in err
     # Told before the table of clips is read.
     line = ["bank", "pull", url, f"{stem}.bank", "--clips", "nowhere.csv"]
     for more in ([], ["--dry-run"]):

@@ -20,6 +20,7 @@ KINDS = {
     "hf": ("hub_store", "HubStore"),
 }
 """Scheme of an address, and the module and class of its store: `Class.open(url)`."""
+WITH_HOST = frozenset(KINDS) - {"file"}
 
 
 def is_url(place: str | Path) -> bool:
@@ -40,7 +41,7 @@ def checked_place(place: str) -> str:
         )
     if is_url(place):
         parts = urlsplit(place)
-        if parts.scheme in KINDS and parts.scheme != "file" and not parts.netloc:
+        if parts.scheme in WITH_HOST and not parts.netloc:
             raise StoreError(
                 f"{safe_url(place)} names no bucket or host, expected {parts.scheme}://team/banks; "
                 "is a variable not set?"
