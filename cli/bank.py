@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from patchbank.cli import catalogue, convert, garbage, share, sign, verify
+from patchbank.cli import catalogue, convert, garbage, pull, share, sign, verify
 from patchbank.cli.bars import phase
 
 app = typer.Typer(
@@ -21,7 +21,7 @@ app.command("verify")(verify.verify)
 app.command("merge")(convert.merge)
 app.command("convert")(convert.convert)
 app.command("push")(share.push)
-app.command("pull")(share.pull)
+app.command("pull")(pull.pull)
 app.command("sign")(sign.sign)
 app.command("ls")(catalogue.list_banks)
 app.command("pin")(garbage.pin)

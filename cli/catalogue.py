@@ -102,10 +102,10 @@ def list_banks(
     from patchbank.pipeline.sharing import catalogue
     from patchbank.pipeline.sharing.listing import read_catalogue
     from patchbank.pipeline.sharing.settings import load_settings
-    from patchbank.pipeline.sharing.stores import is_url, open_store, safe_url
+    from patchbank.pipeline.sharing.stores import checked_place, is_url, open_store, safe_url
 
     settings = load_settings()
-    place = place or settings.catalogue or "."
+    place = checked_place((settings.catalogue or ".") if place is None else place)
     if not is_url(place) and not Path(place).is_dir():
         raise PatchbankError(f"no folder {place}; name the folder that holds the banks")
     banks = open_store(place)

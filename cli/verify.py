@@ -49,10 +49,11 @@ def verify(
     With --encoder, prove also that the encoder and its preprocessing, here, give the bank's tokens.
     Of a URL, only the seal, the card, sizes and signatures are checked.
     """
-    from patchbank.pipeline.sharing.stores import is_url
+    from patchbank.pipeline.sharing.stores import checked_place, is_url
 
     if weights is not None and encoder is None:
         raise typer.BadParameter("--weights are those of an encoder; name it with --encoder")
+    bank = checked_place(bank)
     if is_url(bank):
         if encoder is not None:
             raise typer.BadParameter("--encoder needs the bank on this disk: pull it first")

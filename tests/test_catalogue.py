@@ -17,8 +17,8 @@ from listed_banks import Unlisted, Watched, write_listed
 from patchbank.cli.catalogue import readable_layers
 from patchbank.cli.main import main
 from patchbank.pipeline.bank import Bank, open_bank
-from patchbank.pipeline.errors import BankNotFound, PatchbankError, StoreError
-from patchbank.pipeline.sharing.catalogue import enter, find, rebuild, whole_bytes, withdraw
+from patchbank.pipeline.errors import BankMismatch, BankNotFound, PatchbankError, StoreError
+from patchbank.pipeline.sharing.catalogue import Found, enter, find, rebuild, whole_bytes, withdraw
 from patchbank.pipeline.sharing.described import read_row
 from patchbank.pipeline.sharing.entry import (
     Entry,
@@ -30,6 +30,7 @@ from patchbank.pipeline.sharing.entry import (
 )
 from patchbank.pipeline.sharing.folder_store import FolderStore
 from patchbank.pipeline.sharing.listing import read_catalogue
+from patchbank.pipeline.sharing.remote_seal import read_remote_seal
 from patchbank.pipeline.sharing.settings import ShareSettings
 from patchbank.pipeline.sharing.store import Store
 
@@ -265,8 +266,8 @@ def test_a_name_of_the_catalogue_is_found(team: Path, tmp_path: Path) -> None:
     settings = ShareSettings(cache=tmp_path / "cache", catalogue=str(team))
     fingerprint = entry_at(team, "us8k.bank").fingerprint
     for name in ("us8k.bank", "us8k", "us", fingerprint[:6], fingerprint):
-        assert find(name, settings) == f"{team}/us8k.bank"
-    assert find("us8k", ShareSettings(cache=tmp_path), f"{team}/") == f"{team}/us8k.bank"
+        assert find(name, settings).place == f"{team}/us8k.bank"
+    assert find("us8k", ShareSettings(cache=tmp_path), f"{team}/").place == f"{team}/us8k.bank"
 
 
 def test_a_name_that_means_no_bank_or_several_is_refused(
@@ -278,12 +279,41 @@ def test_a_name_that_means_no_bank_or_several_is_refused(
     with pytest.raises(PatchbankError, match=r"no catalogue is set.*PATCHBANK_CATALOGUE.*--from"):
         find("us8k", ShareSettings(cache=tmp_path))
     write_listed(sealed, team / "us8k-2.bank")
-    assert find("us8k", settings).endswith("/us8k.bank")
+    assert find("us8k", settings).place.endswith("/us8k.bank")
     with pytest.raises(PatchbankError, match=r"means 2 banks of .*: us8k-2.bank, us8k.bank; write"):
         find("us", settings)
     with pytest.raises(BankNotFound) as caught:
         find("\x1b[2J", settings)
     assert str(caught.value).isprintable()
+
+
+def test_a_bank_is_compared_with_what_its_catalogue_said(sealed: Bank, tmp_path: Path) -> None:
+    there = read_remote_seal(FolderStore(sealed.path))
+    found = Found(str(sealed.path), entry_of(sealed))
+    assert found.check(there) is None
+    assert replace(found, digits=sealed.fingerprint[:8]).check(there) is None
+    with pytest.raises(BankMismatch, match=r"not the bank with that fingerprint.*ls --rebuild"):
+        replace(found, digits="0000").check(there)
+    fewer = replace(found.entry, root_sha256="0" * 64, clips=sealed.n_clips - 1)
+    note = replace(found, entry=fewer).check(there)
+    assert note is not None
+    assert f"has grown since it was entered into the catalogue, from {fewer.clips} to" in note
+    for other in (replace(fewer, recipe_id="0" * 64), replace(fewer, clips=sealed.n_clips)):
+        with pytest.raises(BankMismatch, match=r"another bank than its catalogue says; pull it by"):
+            replace(found, entry=other).check(there)
+
+
+def test_a_pull_by_a_fingerprint_that_somebody_forged_is_refused(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    team = tmp_path / "team"
+    shutil.copytree(copy, team / "x.bank")
+    enter(FolderStore(team), "x.bank", replace(entry_of(open_bank(copy)), fingerprint="ab" * 32))
+    monkeypatch.chdir(tmp_path)
+    for more in ([], ["--pooled-only"]):
+        assert main(["bank", "pull", "abab", "out.bank", "--from", str(team), *more]) == 1
+        assert "is not the bank with that fingerprint" in capsys.readouterr().err
+        assert not (tmp_path / "out.bank").exists()
 
 
 def test_ls_narrows_by_what_banks_are(

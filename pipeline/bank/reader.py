@@ -278,8 +278,9 @@ def open_bank(path: Path | str) -> Bank:
     compared with its SHA-256. Raises `BankNotFound`, `BankIncomplete` (no seal), `BankCorrupt`, or
     `BankError` where the settings want a signature; `StoreError` where the address cannot be read.
     """
-    from patchbank.pipeline.sharing.stores import is_url
+    from patchbank.pipeline.sharing.stores import checked_place, is_url
 
+    path = path if isinstance(path, Path) else checked_place(path)
     if is_url(path):
         from patchbank.pipeline.sharing.remote_bank import open_remote
 

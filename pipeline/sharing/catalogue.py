@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 
 from patchbank.pipeline.bank.damage import shown
 from patchbank.pipeline.bank.writer import FileRecord
-from patchbank.pipeline.errors import BankNotFound, PatchbankError, StoreError
+from patchbank.pipeline.errors import BankMismatch, BankNotFound, PatchbankError, StoreError
 from patchbank.pipeline.sharing.described import Row, read_row, with_claims
 from patchbank.pipeline.sharing.entry import VERSION, Entry, entry_bytes, parse_entry_file
 from patchbank.pipeline.sharing.listing import (
@@ -28,9 +28,10 @@ from patchbank.pipeline.sharing.listing import (
     list_store,
     read_catalogue,
 )
+from patchbank.pipeline.sharing.remote_seal import RemoteSeal
 from patchbank.pipeline.sharing.settings import VARIABLES, ShareSettings, settings_path
 from patchbank.pipeline.sharing.store import Store, Upload
-from patchbank.pipeline.sharing.stores import open_store, safe_url
+from patchbank.pipeline.sharing.stores import bank_place, checked_place, open_store, safe_url
 from patchbank.pipeline.sharing.transfer import with_retries
 
 MOST_TURNS = 20
@@ -57,6 +58,11 @@ def withdraw(store: Store, name: str) -> None:
     if files := list_store(store).files.get(name):
         store.remove([f"{FOLDER}/{file}" for file in files])
         _write_whole(store, {})
+
+
+def entries_of(store: Store, name: str) -> list[Entry]:
+    """What the catalogue says of a bank; a damaged entry says nothing."""
+    return entries_in(store, list_store(store).files.get(name, {}), {})[0]
 
 
 def rebuild(store: Store, *, progress: Step | None = None) -> None:
@@ -121,23 +127,60 @@ def _put(store: Store, name: str, content: bytes) -> None:
     with_retries(lambda: store.put(Upload(content, record), lambda n_bytes: None))
 
 
-def find(name: str, settings: ShareSettings, from_: str | None = None) -> str:
-    """The address of the bank that a name means: its own, the beginning of it, or that of its
-    fingerprint, in the catalogue `from_`, else of the settings.
+@dataclass(frozen=True)
+class Found:
+    """A bank that a catalogue has; what it says is a claim until the seal was read."""
+
+    place: str
+    """Its address or folder."""
+    entry: Entry
+    digits: str | None = None
+    """Of its fingerprint, where it was asked for by these."""
+
+    def check(self, there: RemoteSeal) -> str | None:
+        """Compares what was asked for with the bank that lies there; a note where it has grown
+        since it was entered. Raises `BankMismatch` where it is another one."""
+        seal, where = there.seal, safe_url(self.place)
+        if self.digits is not None and not seal.fingerprint.startswith(self.digits):
+            raise BankMismatch(
+                f"{where} is not the bank with that fingerprint, as its catalogue says; who may "
+                "write there corrects that: `patchbank bank ls --rebuild`",
+                {"fingerprint": (self.digits, seal.fingerprint[:16])},
+            )
+        if seal.root_sha256 == self.entry.root_sha256:
+            return None
+        is_same = seal.recipe_id == self.entry.recipe_id
+        if self.digits is None and is_same and there.schema.n_clips > self.entry.clips:
+            return (
+                f"{where} has grown since it was entered into the catalogue, from "
+                f"{self.entry.clips} to {there.schema.n_clips} clips"
+            )
+        raise BankMismatch(
+            f"{where} is another bank than its catalogue says; pull it by its address if you want "
+            "it, or have the catalogue made anew: `patchbank bank ls --rebuild`",
+            {"root_sha256": (self.entry.root_sha256[:16], seal.root_sha256[:16])},
+        )
+
+
+def find(name: str, settings: ShareSettings, from_: str | None = None) -> Found:
+    """The bank that a name means: its own, the beginning of it, or that of its fingerprint, in the
+    catalogue `from_`, else of the settings.
 
     Raises `BankNotFound` where there is none, `PatchbankError` where there are several.
     """
-    place = from_ or settings.catalogue
+    place = settings.catalogue if from_ is None else from_
     if place is None:
         raise PatchbankError(
             f"{shown(name)} is no folder and no address, and no catalogue is set that may have it; "
             f'set one, `catalogue = "s3://..."` in {settings_path()} or '
             f"${VARIABLES['catalogue']}, or name it with --from"
         )
+    place = checked_place(place)
     rows = read_catalogue(open_store(place))
     found = _matches(name, rows)
-    if len(found) == 1:
-        return bank_place(place, found[0].name)
+    if len(found) == 1 and (entry := found[0].entry) is not None:
+        by_name = entry.name.startswith(name)
+        return Found(bank_place(place, entry.name), entry, None if by_name else name)
     if found:
         names = ", ".join(row.name for row in found[:MOST_NAMED])
         more = f" and {len(found) - MOST_NAMED} more" * (len(found) > MOST_NAMED)
@@ -166,9 +209,3 @@ def _matches(name: str, rows: list[Row]) -> list[Row]:
         if row.entry is not None
         and (row.name.startswith(name) or (is_long and row.entry.fingerprint.startswith(name)))
     ]
-
-
-def bank_place(place: str, name: str) -> str:
-    """The address of a bank in a folder of banks."""
-    path, mark, query = place.partition("?") if "://" in place else (place, "", "")
-    return f"{path.rstrip('/')}/{name}{mark}{query}"

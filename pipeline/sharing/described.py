@@ -125,5 +125,11 @@ def with_claims(entry: Entry, others: Sequence[Entry]) -> Entry:
     """An entry, with what one of the same bank says that only its pusher knows."""
     for other in others:
         if other.root_sha256 == entry.root_sha256:
-            return replace(entry, data=other.data, pushed=other.pushed, signed_by=other.signed_by)
+            return replace(
+                entry,
+                data=other.data,
+                data_licence=other.data_licence,
+                pushed=other.pushed,
+                signed_by=other.signed_by,
+            )
     return entry

@@ -53,6 +53,8 @@ class Entry:
     """Fingerprints of the banks that it was made from."""
     data: str | None = None
     """Name of the data set, where who pushed it gave one."""
+    data_licence: str | None = None
+    """Of the data set, where who pushed it gave one."""
     pushed: str | None = None
     """UTC, as 2026-11-26T12:00:00Z."""
     signed_by: tuple[str, ...] = ()
@@ -73,6 +75,7 @@ def entry_of(
     *,
     name: str | None = None,
     data: str | None = None,
+    data_licence: str | None = None,
     pushed: datetime | None = None,
     signed_by: Sequence[str] = (),
 ) -> Entry:
@@ -89,6 +92,7 @@ def entry_of(
     )
     claims = {
         "data": data,
+        "data_licence": data_licence,
         "pushed": (pushed or datetime.now(UTC)).astimezone(UTC).strftime(TIME),
         "signed_by": list(signed_by),
     }
@@ -152,7 +156,7 @@ def parse_entry(document: Any, *, is_sealed: bool = True) -> Entry:
             f"it has version {brief(document.get('version'))}, this patchbank reads {VERSION}"
         )
     missing = [field.name for field in fields(Entry) if field.name not in document]
-    optional = {"derived_from", "data", "pushed", "signed_by"}
+    optional = {"derived_from", "data", "data_licence", "pushed", "signed_by"}
     if required := [name for name in missing if name not in optional]:
         raise ValueError(f"it has no {required[0]}")
     digests = {
@@ -176,7 +180,8 @@ def parse_entry(document: Any, *, is_sealed: bool = True) -> Entry:
         derived_from=tuple(
             as_digest(value) for value in _list(document, "derived_from", MOST_PARENTS)
         ),
-        data=None if document.get("data") is None else _word(document["data"], "data"),
+        data=_word_or_none(document, "data"),
+        data_licence=_word_or_none(document, "data_licence"),
         pushed=None if document.get("pushed") is None else _time(document["pushed"]),
         signed_by=tuple(
             _word(value, "signed_by") for value in _list(document, "signed_by", MOST_SIGNERS)
@@ -208,6 +213,10 @@ def _word(value: Any, name: str) -> str:
     if not isinstance(value, str) or len(value) > LONGEST_NAME or not value.isprintable():
         raise ValueError(f"{name} is {brief(value)}, expected a printable text")
     return value
+
+
+def _word_or_none(document: Json, name: str) -> str | None:
+    return None if document.get(name) is None else _word(document[name], name)
 
 
 def _text(value: Any, name: str) -> str:

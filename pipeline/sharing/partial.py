@@ -56,12 +56,15 @@ def part_bytes(
     clips: Path | None = None,
     dtype: StoredDType | None = None,
     pooled_only: bool = False,
+    out: Path | None = None,
 ) -> PartFiles:
     """What `pull_part` would fetch and make; reads the card, and clips.parquet if clips are chosen.
 
-    Raises what `pull_part` does before it fetches.
+    Raises what `pull_part` to `out` does before it fetches.
     """
     bank = open_bank(url) if is_url(url) else _open_folder(Path(url))
+    if out is not None and isinstance(bank, RemoteBank):
+        _check_place(out, bank)
     chosen = select(
         bank, layers=layers, splits=splits, clips=clips, dtype=dtype, pooled_only=pooled_only
     )

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from patchbank.pipeline.errors import PatchbankError
+from patchbank.pipeline.sharing.stores import expanded
 
 Requirement = Literal["nothing", "pull", "open"]
 """Which banks must be signed: none, those that come from elsewhere, or also those on this disk."""
+REQUIREMENTS = ", ".join(get_args(Requirement))
 VARIABLES = {
     "cache": "PATCHBANK_CACHE",
     "cache_limit": "PATCHBANK_CACHE_LIMIT",
@@ -60,8 +62,9 @@ def load_settings() -> ShareSettings:
             raise PatchbankError(
                 f"{path}: unknown setting {unknown[0]!r}; there are {', '.join(VARIABLES)}"
             )
-    found |= {name: os.environ[key] for name, key in VARIABLES.items() if os.environ.get(key)}
-    return _checked(found)
+    typed = {name: os.environ[key] for name, key in VARIABLES.items() if os.environ.get(key)}
+    where = {name: f"${VARIABLES[name]}" if name in typed else str(path) for name in VARIABLES}
+    return _checked(found | typed, where)
 
 
 def require_signers(allowed_signers: Path) -> None:
@@ -72,26 +75,48 @@ def require_signers(allowed_signers: Path) -> None:
         os.environ[VARIABLES["require_signature"]] = "pull"
 
 
-def _checked(found: Mapping[str, Any]) -> ShareSettings:
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patchbank"
-    required = str(found.get("require_signature", "nothing"))
+def _checked(found: Mapping[str, Any], where: Mapping[str, str]) -> ShareSettings:
+    """The settings; `where` says of each which file or variable it would be from."""
+
+    def text(name: str, expected: str) -> str | None:
+        value = found.get(name)
+        if value is not None and not (isinstance(value, str) and value.strip()):
+            raise PatchbankError(f"{where[name]}: {name} is {value!r}, expected {expected}")
+        return value
+
+    required = text("require_signature", f"one of {REQUIREMENTS}") or "nothing"
     if required not in get_args(Requirement):
         raise PatchbankError(
-            f"require_signature is {required!r}, expected {', '.join(get_args(Requirement))}"
+            f"{where['require_signature']}: require_signature is {required!r}, expected one of "
+            f"{REQUIREMENTS}"
         )
-    signers = found.get("allowed_signers")
+    signers = text("allowed_signers", "the path of a file of keys, in quotes")
     if required != "nothing" and signers is None:
         raise PatchbankError(
             "require_signature is set, but not allowed_signers: name the file of keys you trust, "
             f"in {settings_path()} or ${VARIABLES['allowed_signers']}"
         )
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "patchbank"
+    cache = text("cache", "the path of a folder, in quotes")
+    catalogue = text("catalogue", "an address or folder of banks, in quotes")
     return ShareSettings(
-        cache=Path(found.get("cache", default)).expanduser(),
-        cache_limit_bytes=parse_bytes(str(found.get("cache_limit", "50G"))),
-        catalogue=None if found.get("catalogue") is None else str(found["catalogue"]),
-        allowed_signers=None if signers is None else Path(signers).expanduser(),
+        cache=default if cache is None else Path(expanded(cache)),
+        cache_limit_bytes=_cache_limit(found.get("cache_limit", "50G"), where["cache_limit"]),
+        catalogue=None if catalogue is None else expanded(catalogue),
+        allowed_signers=None if signers is None else Path(expanded(signers)),
         require_signature=required,  # type: ignore[arg-type]
     )
+
+
+def _cache_limit(value: object, where: str) -> int:
+    try:
+        if isinstance(value, bool | float):
+            raise PatchbankError("no size")
+        return parse_bytes(str(value))
+    except PatchbankError as error:
+        raise PatchbankError(
+            f'{where}: cache_limit is {value!r}, expected a size such as "50GB", or whole bytes'
+        ) from error
 
 
 def parse_bytes(text: str) -> int:

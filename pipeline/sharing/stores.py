@@ -20,6 +20,7 @@ KINDS = {
     "hf": ("hub_store", "HubStore"),
 }
 """Scheme of an address, and the module and class of its store: `Class.open(url)`."""
+WITH_HOST = frozenset(KINDS) - {"file"}
 
 
 def is_url(place: str | Path) -> bool:
@@ -27,11 +28,53 @@ def is_url(place: str | Path) -> bool:
     return "://" in str(place) and not isinstance(place, Path)
 
 
+def checked_place(place: str) -> str:
+    """A place as it was typed, with its ~ as the home of a user.
+
+    Raises `StoreError` for what is surely no folder that somebody meant: nothing at all, an address
+    without a host or bucket, or with one slash.
+    """
+    if not place.strip():
+        raise StoreError(
+            "an empty place, expected a folder or an address such as s3://team/banks; "
+            "is a variable not set?"
+        )
+    if is_url(place):
+        parts = urlsplit(place)
+        if parts.scheme in WITH_HOST and not parts.netloc:
+            raise StoreError(
+                f"{safe_url(place)} names no bucket or host, expected {parts.scheme}://team/banks; "
+                "is a variable not set?"
+            )
+        return place
+    typed = re.match(r"([A-Za-z][A-Za-z0-9+.-]*):(/?)", place)
+    if typed and (typed[2] or typed[1] in KINDS):
+        meant = safe_url(f"{typed[1]}://{place[typed.end() :]}")
+        raise StoreError(
+            f"{place} is no address: write {meant}, or ./{place} if it is a folder here"
+        )
+    return expanded(place)
+
+
+def expanded(path: str) -> str:
+    """A path with its ~ as the home of a user; `StoreError` where there is no such user."""
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as error:
+        raise StoreError(
+            f"{path}: there is no such user; write ./{path} if it is a folder here"
+        ) from error
+
+
 def open_store(place: str | Path) -> Store:
     """The store at an address, or a folder; nothing is asked of it yet.
 
-    Raises `StoreError` for an unknown scheme, or where the packages for it are not installed.
+    Raises `StoreError` for an unknown scheme, what `checked_place` does, or where the packages for
+    it are not installed.
     """
+    place = place if isinstance(place, Path) else checked_place(place)
     scheme = urlsplit(str(place)).scheme if is_url(place) else "file"
     if scheme not in KINDS:
         raise StoreError(
@@ -60,10 +103,24 @@ def safe_url(url: str) -> str:
 
 def split_place(place: str) -> tuple[str, str]:
     """The folder that a bank lies in, and the bank's name there; a query, which may be a secret, is
-    no part of the name."""
+    no part of the name. Raises `StoreError` for the root of a bucket or host."""
+    place = checked_place(place)
     if not is_url(place):
         path = Path(place).absolute()
         return str(path.parent), path.name
     address, query = re.fullmatch(r"([^?#]*)(.*)", place, re.DOTALL).groups()  # type: ignore[union-attr]
-    parent, _, name = address.rstrip("/").rpartition("/")
-    return parent + query, name
+    scheme, _, path_there = address.partition("://")
+    parent, slash, name = path_there.rstrip("/").rpartition("/")
+    if not slash:
+        at = safe_url(address)
+        raise StoreError(f"{at} is the root of its place, and no bank's: write {at}/NAME.bank")
+    return f"{scheme}://{parent or '/'}{query}", name
+
+
+def bank_place(place: str, name: str) -> str:
+    """The address of a bank in a folder of banks."""
+    if not is_url(place):
+        return f"{place.rstrip('/')}/{name}"
+    path, mark, query = place.partition("?")
+    scheme, _, path_there = path.partition("://")
+    return f"{scheme}://{path_there.rstrip('/')}/{name}{mark}{query}"
