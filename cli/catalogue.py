@@ -22,6 +22,7 @@ Facts = dict[str, Any]
 MOST_WITH_DETAILS = 50
 """Of more banks, one line each is printed."""
 STATE_WIDTH, LINE = 13, 79
+MOST_NAMED = 5
 LONGEST_LICENCE = 24
 
 
@@ -130,13 +131,25 @@ def list_banks(
         print(json.dumps([facts_of(row) for row in rows]))
         return
     if not rows:
-        print(f"no banks{'' if not there else ' like that'} in {safe_url(place)}"
-              f"{'; `patchbank extract` makes one' if not there else ''}")  # fmt: skip
+        print(f"no banks{' like that' if there else ''} in {safe_url(place)}"
+              f"{'' if there else _what_else(banks)}")  # fmt: skip
     print_rows(rows)
     if any(row.is_indexed for row in there):
         n_lacking = sum(not row.is_indexed for row in there)
         if n_lacking:
             _say(f"{n_lacking} not in the catalogue; `patchbank bank ls --rebuild` enters them")
+
+
+def _what_else(banks: Store) -> str:
+    """Where banks may be, of a place that holds none."""
+    from patchbank.pipeline.bank.damage import shown
+    from patchbank.pipeline.sharing.listing import list_store
+
+    names = list_store(banks).banks if banks.can_list else ()
+    if not names:
+        return "; `patchbank extract` makes one"
+    some = [shown(name) for name in names[:MOST_NAMED]] + ["..."] * (len(names) > MOST_NAMED)
+    return f"; only folders directly inside were looked at:\n{', '.join(some)}"
 
 
 def _say(line: str) -> None:

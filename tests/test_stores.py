@@ -244,7 +244,7 @@ def test_a_listing_is_never_an_old_one(store: Store) -> None:
 def test_a_limit_of_speed_holds(store: Store) -> None:
     begun = time.monotonic()
     store.put(upload("slow", bytes(600_000)), Throttle(1_000_000))
-    assert 0.5 < time.monotonic() - begun < 3.0
+    assert time.monotonic() - begun > 0.5
 
 
 def test_a_web_server_is_read_only_and_says_so(http_folder: tuple[str, Path]) -> None:
