@@ -131,8 +131,10 @@ def list_banks(
         print(json.dumps([facts_of(row) for row in rows]))
         return
     if not rows:
-        print(f"no banks{' like that' if there else ''} in {safe_url(place)}"
-              f"{'' if there else _what_else(banks)}")  # fmt: skip
+        if there:
+            print(f"no banks like that in {safe_url(place)}")
+        else:
+            _print_none(banks, safe_url(place))
     print_rows(rows)
     if any(row.is_indexed for row in there):
         n_lacking = sum(not row.is_indexed for row in there)
@@ -140,16 +142,19 @@ def list_banks(
             _say(f"{n_lacking} not in the catalogue; `patchbank bank ls --rebuild` enters them")
 
 
-def _what_else(banks: Store) -> str:
-    """Where banks may be, of a place that holds none."""
+def _print_none(banks: Store, place: str) -> None:
+    """That there are no banks at a place, and where some may be."""
+    from patchbank.cli.listing import print_beside
     from patchbank.pipeline.bank.damage import shown
     from patchbank.pipeline.sharing.listing import list_store
 
     names = list_store(banks).banks if banks.can_list else ()
     if not names:
-        return "; `patchbank extract` makes one"
-    some = [shown(name) for name in names[:MOST_NAMED]] + ["..."] * (len(names) > MOST_NAMED)
-    return f"; only folders directly inside were looked at:\n{', '.join(some)}"
+        print(f"no banks in {place}; `patchbank extract` makes one")
+        return
+    print(f"no banks in {place}; only folders directly inside were looked at:")
+    more = [f"and {len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else []
+    print_beside("    ", ", ".join([*map(shown, names[:MOST_NAMED]), *more]))
 
 
 def _say(line: str) -> None:
