@@ -22,6 +22,7 @@ Facts = dict[str, Any]
 MOST_WITH_DETAILS = 50
 """Of more banks, one line each is printed."""
 STATE_WIDTH, LINE = 13, 79
+MOST_NAMED = 5
 LONGEST_LICENCE = 24
 
 
@@ -130,13 +131,30 @@ def list_banks(
         print(json.dumps([facts_of(row) for row in rows]))
         return
     if not rows:
-        print(f"no banks{'' if not there else ' like that'} in {safe_url(place)}"
-              f"{'; `patchbank extract` makes one' if not there else ''}")  # fmt: skip
+        if there:
+            print(f"no banks like that in {safe_url(place)}")
+        else:
+            _print_none(banks, safe_url(place))
     print_rows(rows)
     if any(row.is_indexed for row in there):
         n_lacking = sum(not row.is_indexed for row in there)
         if n_lacking:
             _say(f"{n_lacking} not in the catalogue; `patchbank bank ls --rebuild` enters them")
+
+
+def _print_none(banks: Store, place: str) -> None:
+    """That there are no banks at a place, and where some may be."""
+    from patchbank.cli.listing import print_beside
+    from patchbank.pipeline.bank.damage import shown
+    from patchbank.pipeline.sharing.listing import list_store
+
+    names = list_store(banks).banks if banks.can_list else ()
+    if not names:
+        print(f"no banks in {place}; `patchbank extract` makes one")
+        return
+    print(f"no banks in {place}; only folders directly inside were looked at:")
+    more = [f"and {len(names) - MOST_NAMED} more"] if len(names) > MOST_NAMED else []
+    print_beside("    ", ", ".join([*map(shown, names[:MOST_NAMED]), *more]))
 
 
 def _say(line: str) -> None:

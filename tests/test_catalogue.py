@@ -340,6 +340,21 @@ def test_ls_narrows_by_what_banks_are(
     )
 
 
+def test_ls_of_a_folder_without_banks_says_where_it_looked(
+    team: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    above = team.parent / "above"
+    above.mkdir()
+    assert said(capsys, str(above))[0] == f"no banks in {above}; `patchbank extract` makes one\n"
+    shutil.copytree(team, above / "banks")
+    only = f"no banks in {above}; only folders directly inside were looked at:\n"
+    assert said(capsys, str(above))[0] == f"{only}    banks\n"
+    for number in range(6):
+        (above / f"run{number}").mkdir()
+    out, _ = said(capsys, str(above))
+    assert out == f"{only}    banks, run0, run1, run2, run3, and 2 more\n"
+
+
 def test_ls_goes_to_the_catalogue_of_the_settings(
     team: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -246,7 +246,43 @@ def test_a_listing_is_never_an_old_one(store: Store) -> None:
 def test_a_limit_of_speed_holds(store: Store) -> None:
     begun = time.monotonic()
     store.put(upload("slow", bytes(600_000)), Throttle(1_000_000))
-    assert 0.5 < time.monotonic() - begun < 3.0
+    assert time.monotonic() - begun > 0.5
+
+
+def test_drafts_that_were_just_written_to_are_swept_by_nobody_else(tmp_path: Path) -> None:
+    drafts = tmp_path / "x.bank/.work"
+    drafts.mkdir(parents=True)
+    # Of other machines, whose locks are not seen here.
+    young, old = (drafts / f"put.{letter * 32}" for letter in "ab")
+    for draft, idle_s in ((young, 3_000), (old, 4_000)):
+        draft.write_bytes(b"x")
+        os.utime(draft, (time.time() - idle_s,) * 2)
+    open_store(tmp_path / "x.bank").put_all([], nothing, lambda one: None)
+    assert [path.name for path in drafts.iterdir()] == [young.name]
+
+
+def test_a_put_whose_draft_was_removed_begins_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("patchbank.pipeline.sharing.transfer.FIRST_WAIT_S", 0.01)
+    store = open_store(tmp_path / "x.bank")
+    sent: list[int] = []
+
+    def sweep(n_bytes: int) -> None:
+        if n_bytes > 0 and not sent:
+            next((tmp_path / "x.bank/.work").iterdir()).unlink()
+        sent.append(n_bytes)
+
+    with pytest.raises(StoreError, match=r"c\.0: another process removed it while") as failure:
+        store.put(upload("c.0", b"rows"), sweep)
+    assert failure.value.may_pass
+    sent.clear()
+    store.put_all([upload("c.0", b"rows")], sweep, lambda one: None)
+    assert sent == [4, -4, 4]
+    assert store.document("c.0", most_bytes=4) == b"rows"
+    with pytest.raises(StoreError, match="cannot be written") as failure:
+        store.put(Upload(tmp_path / "gone", upload("c.0", b"rows").record), nothing)
+    assert not failure.value.may_pass
 
 
 def test_a_web_server_is_read_only_and_says_so(http_folder: tuple[str, Path]) -> None:

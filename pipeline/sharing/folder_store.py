@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from patchbank.pipeline.bank.commit import NO_LINKS
+from patchbank.pipeline.bank.commit import NO_LINKS, STALE_S
 from patchbank.pipeline.bank.writer import FileRecord, fsync_folder
 from patchbank.pipeline.errors import NotInStore, StoreError
 from patchbank.pipeline.sharing.store import PIECE_BYTES, Meter, Upload
@@ -27,8 +27,6 @@ MOST_TURNS = 100
 DRAFTS = ".work"
 """Where files lie until they are whole, in the folder that the store was opened at; a bank has
 nothing that is sealed there."""
-JUST_MADE_S = 1.0
-"""So old is a draft that is surely locked by who makes it."""
 MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.EAGAIN)
 """What a network share answers while its server is away."""
 
@@ -170,13 +168,23 @@ class FolderStore:
                     meter(len(piece))
                 file.flush()
                 os.fsync(file.fileno())
-                self._check(draft, record)
-                _in_folder_of(target, lambda: draft.replace(target))
-                fsync_folder(target.parent)
+                self._publish(draft, target, record)
             finally:
                 draft.unlink(missing_ok=True)
                 with suppress(OSError):
                     draft.parent.rmdir()
+
+    def _publish(self, draft: Path, target: Path, record: FileRecord) -> None:
+        try:
+            self._check(draft, record)
+            _in_folder_of(target, lambda: draft.replace(target))
+            fsync_folder(target.parent)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"{self.url}/{record.path}: another process removed it while it was written; run "
+                "the same command again",
+                may_pass=True,
+            ) from error
 
     def _check(self, draft: Path, record: FileRecord) -> None:
         with draft.open("rb") as written:
@@ -202,11 +210,14 @@ class FolderStore:
         put_in_parallel(self, uploads, meter, done)
 
     def _sweep(self) -> None:
-        """Removes the drafts of processes that were killed: nobody holds their locks."""
+        """Removes the drafts of processes that were killed: nobody holds their locks.
+
+        On a network share a lock may hold on its own machine only, so that age counts, too.
+        """
         for draft in (self.folder / DRAFTS).glob(f"put.{'[0-9a-f]' * 32}"):
             with suppress(OSError), draft.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if time.time() - draft.stat().st_mtime > JUST_MADE_S:
+                if time.time() - draft.stat().st_mtime > STALE_S:
                     draft.unlink()
         with suppress(OSError):
             (self.folder / DRAFTS).rmdir()

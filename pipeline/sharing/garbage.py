@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from patchbank.pipeline.bank.card import read_attributes
 from patchbank.pipeline.bank.commit import (
     SEAL_LOCK,
     WORK,
@@ -27,8 +26,8 @@ from patchbank.pipeline.bank.commit import (
 )
 from patchbank.pipeline.bank.growth import next_folder
 from patchbank.pipeline.bank.seal_record import SEAL
-from patchbank.pipeline.errors import BankError, BankNotFound
-from patchbank.pipeline.sharing.folder_store import DRAFTS
+from patchbank.pipeline.errors import BankError, StoreError
+from patchbank.pipeline.sharing.folder_store import DRAFTS, FolderStore
 from patchbank.pipeline.sharing.listing import FOLDER
 from patchbank.pipeline.sharing.pins import PIN
 from patchbank.pipeline.sharing.pull import PULLING
@@ -36,10 +35,13 @@ from patchbank.pipeline.sharing.remote_seal import CARD
 from patchbank.pipeline.sharing.removal import (
     PARTS,
     is_held,
+    known_clips,
     remove_tree,
+    strangers,
     tree_bytes,
     work_under_way,
 )
+from patchbank.pipeline.sharing.store import Store
 
 SOON_S = 3_600.0
 """What nobody can go on with is kept so long: its process may be stopped, not dead."""
@@ -173,8 +175,9 @@ def _bank(bank: Path, limits: Limits) -> Iterator[Garbage]:
     if (bank / PIN).exists() or work_under_way(bank) is not None:
         return
     if (bank / SEAL).is_file():
-        yield from _leftovers(bank)
-        yield from _growth(bank, limits)
+        if is_known_bank(FolderStore(bank)):
+            yield from _leftovers(bank)
+            yield from _growth(bank, limits)
         return
     state = _state(bank)
     if state is None:
@@ -188,22 +191,25 @@ def _bank(bank: Path, limits: Limits) -> Iterator[Garbage]:
         yield Garbage(str(bank), f"{reason}, {age(bank)}", tree_bytes(bank), remove)
 
 
+def is_known_bank(bank: Store) -> bool:
+    """Whether a folder is a bank, or half of one, of a format that this version knows."""
+    with suppress(BankError, StoreError):
+        return known_clips(bank) is not None
+    return False
+
+
 def _state(bank: Path) -> tuple[str, bool] | None:
-    """What an unsealed folder is, and whether it is garbage; None where it is no bank, or will be
-    whole again by itself."""
-    if (next_folder(bank) / SEAL).is_file():
+    """What an unsealed folder is, and whether it is garbage; None where it is no bank, has files of
+    something else in it, or will be whole again by itself."""
+    if (next_folder(bank) / SEAL).is_file() or strangers(bank):
         return None
     names = _names(bank)
     if (bank / PULLING).is_file():
         return "a pull that never finished", True
     if names == {WORK} and _names(bank / WORK) <= {SEAL_LOCK, "pull"}:
         return "a pull that never began", True
-    try:
-        read_attributes(bank)
-    except BankNotFound:
+    if not is_known_bank(FolderStore(bank)):
         return None
-    except BankError:
-        pass  # damaged, but no doubt a bank
     work = [path for path in (bank / WORK).glob("*") if not path.match(DRAFT_NAMES)]
     if work or "parts" in names:
         return "an extraction, or another making of a bank, that was interrupted", False
@@ -218,7 +224,7 @@ def _remove_unsealed(bank: Path, limits: Limits) -> bool:
         if idle_s(bank) < limits.older_than_s:
             return False
         with owning(bank):
-            if (bank / SEAL).is_file() or _others_work_in(bank):
+            if (bank / SEAL).is_file() or _others_work_in(bank) or strangers(bank):
                 return False
             remove_tree(bank)
         return True

@@ -9,13 +9,21 @@ import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 
-from patchbank.pipeline.bank.card import parse_attributes, read_attributes
+from patchbank.pipeline.bank.card import parse_attributes
 from patchbank.pipeline.bank.commit import SEAL_LOCK, WORK, live_attempts
+from patchbank.pipeline.bank.damage import shown
 from patchbank.pipeline.bank.growth import next_folder
-from patchbank.pipeline.bank.seal_record import SEAL
-from patchbank.pipeline.errors import BankError, BankNotFound, PatchbankError, StoreError
+from patchbank.pipeline.bank.seal_record import NO_JSON, SEAL, file_record, parse_json
+from patchbank.pipeline.bank.sealed_names import RECORDED_FOLDERS
+from patchbank.pipeline.errors import (
+    BankCorrupt,
+    BankNotFound,
+    PatchbankError,
+    StoreError,
+)
 from patchbank.pipeline.sharing.catalogue import withdraw
 from patchbank.pipeline.sharing.folder_store import DRAFTS, FolderStore
 from patchbank.pipeline.sharing.listing import FOLDER
@@ -30,6 +38,9 @@ PARTS = frozenset(
 )
 """What lies directly in a bank's folder."""
 REMOVED_AT_ONCE = 500
+UNKNOWN = "an unknown number of"
+MOST_RECORDS, MOST_RECORD_BYTES = 16, 4 * 2**20
+"""So many commit records are read of a bank whose card is damaged, and so much of each."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +57,20 @@ def local_doomed(bank: Path, cache: Path) -> Doomed:
     """What would be lost with a bank of this disk.
 
     Raises `PatchbankError` for what may not be removed: no bank, a link, a pinned bank, one that
-    a process works on.
+    a process works on, one with files of something else in it.
     """
     if bank.is_symlink():
         raise PatchbankError(f"{bank} is a link to {bank.readlink()}; remove the link with rm")
-    n_clips = _local_clips(bank)
+    clips = known_clips(FolderStore(bank))
+    if clips is None and not (bank / PULLING).is_file():
+        raise BankNotFound(
+            f"no bank at {bank}: neither its {CARD} nor a record in commits/ tells of one"
+        )
+    _refuse_strangers(bank)
     _refuse_pinned(FolderStore(bank), cache)
     if (work := work_under_way(bank)) is not None:
         raise PatchbankError(f"{work} {bank} now; stop it first")
-    return Doomed(str(bank), n_clips, tree_bytes(bank))
+    return Doomed(str(bank), clips or UNKNOWN, tree_bytes(bank))
 
 
 def _refuse_pinned(bank: Store, cache: Path) -> None:
@@ -64,17 +80,17 @@ def _refuse_pinned(bank: Store, cache: Path) -> None:
         )
 
 
-def _local_clips(bank: Path) -> str:
-    try:
-        return str(sum(read_attributes(bank)["card"]["generations"]))
-    except (BankError, KeyError, TypeError) as error:
-        # What `verify` and `pull` say to remove must be removable.
-        is_half = (bank / "commits").is_dir() and (bank / "layers").is_dir()
-        if not (is_half or (bank / PULLING).is_file()):
-            if isinstance(error, BankError):
-                raise
-            raise BankNotFound(f"{bank} is no bank") from error
-        return "an unknown number of"
+def strangers(bank: Path) -> list[str]:
+    """What lies directly in a bank's folder and is nothing that a bank has there."""
+    return sorted({path.name for path in bank.iterdir()} - PARTS)
+
+
+def _refuse_strangers(bank: Path) -> None:
+    if names := strangers(bank):
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise PatchbankError(
+            f"{bank} holds {shown(names[0])}{more}, which no bank has; move that elsewhere first"
+        )
 
 
 def work_under_way(bank: Path) -> str | None:
@@ -86,6 +102,9 @@ def work_under_way(bank: Path) -> str | None:
             return "another process, a pull or one that seals, works on"
     if any(is_held(draft) for draft in (bank / DRAFTS).glob("put.*")):
         return "a push writes to"
+    staged = bank.absolute().parent.glob(f".{escape(bank.absolute().name)}.pull-*")
+    if any(is_held(folder / WORK / SEAL_LOCK) for folder in staged):
+        return "a pull of a part works on"
     return None
 
 
@@ -122,8 +141,12 @@ def remove_tree(folder: Path) -> None:
 
 
 def remove_local(bank: Path) -> None:
-    """Removes a bank of this disk, and its entry where its folder has a catalogue."""
+    """Removes a bank of this disk, and its entry where its folder has a catalogue.
+
+    Raises `PatchbankError` where files of something else have come into it.
+    """
     place = bank.absolute()
+    _refuse_strangers(place)
     remove_tree(place)
     if (place.parent / FOLDER).is_dir():
         withdraw(FolderStore(place.parent), place.name)
@@ -135,11 +158,11 @@ def stored_doomed(bank: Store, cache: Path) -> Doomed:
     if not (bank.is_writable and bank.can_list):
         raise StoreError(f"{bank.url} can only be read; remove it where it can be written to")
     sizes = bank_files(with_retries(bank.sizes))
-    n_clips = stored_clips(bank, sizes)
-    if n_clips is None:
+    clips = known_clips(bank) if sizes else None
+    if clips is None:
         raise BankNotFound(f"no bank at {bank.url}; `patchbank bank ls` lists what there is")
     _refuse_pinned(bank, cache)
-    return Doomed(bank.url, n_clips, sum(sizes.values()))
+    return Doomed(bank.url, clips, sum(sizes.values()))
 
 
 def bank_files(sizes: Mapping[str, int]) -> dict[str, int]:
@@ -147,17 +170,40 @@ def bank_files(sizes: Mapping[str, int]) -> dict[str, int]:
     return {name: size for name, size in sizes.items() if name.split("/")[0] in PARTS}
 
 
-def stored_clips(bank: Store, sizes: Mapping[str, int]) -> str | None:
-    """How many clips a bank, or half of one, has, for the question; None where it is none."""
-    card = None
-    if CARD in sizes:
-        card = with_retries(lambda: bank.document(CARD, most_bytes=MOST_CARD_BYTES))
+def known_clips(bank: Store) -> str | None:
+    """How many clips a bank, or half of one, has, for the question; None where it is none.
+
+    Where the card is damaged or missing, a commit record has to tell that it is a bank. Raises
+    `BankError` for a newer format.
+    """
+    size = with_retries(lambda: bank.size(CARD))
+    if size is not None and size > MOST_CARD_BYTES:
+        return None
     try:
-        return str(sum(parse_attributes(card or b"", where=bank.url)["card"]["generations"]))
-    except (BankError, KeyError, TypeError) as error:
-        tops = {name.split("/")[0] for name in sizes}
-        is_foreign = isinstance(error, BankNotFound)
-        return "an unknown number of" if {"layers", "commits"} <= tops and not is_foreign else None
+        content = with_retries(lambda: bank.document(CARD, most_bytes=MOST_CARD_BYTES))
+        return str(sum(parse_attributes(content or b"", where=bank.url)["card"]["generations"]))
+    except BankNotFound:
+        return None  # a Zarr group of something else
+    except (BankCorrupt, KeyError, TypeError):
+        return UNKNOWN if _has_record(bank.below("commits")) else None
+
+
+def _has_record(commits: Store) -> bool:
+    sizes = with_retries(commits.sizes)
+    names = sorted(name for name, size in sizes.items() if size <= MOST_RECORD_BYTES)
+    documents = (
+        with_retries(lambda name=name: commits.document(name, most_bytes=MOST_RECORD_BYTES))  # type: ignore[misc]
+        for name in names[:MOST_RECORDS]
+    )
+    return any(_is_record(content or b"") for content in documents)
+
+
+def _is_record(content: bytes) -> bool:
+    try:
+        files = parse_json(content)["files"]
+        return bool([file_record(file, folders=RECORDED_FOLDERS) for file in files])
+    except (KeyError, TypeError, *NO_JSON):
+        return False
 
 
 def remove_stored(

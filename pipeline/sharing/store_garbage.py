@@ -5,20 +5,27 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from patchbank.pipeline.bank.seal_record import SEAL
+from patchbank.pipeline.bank.sealed_names import is_bank_name
 from patchbank.pipeline.errors import BankError, StoreError
-from patchbank.pipeline.sharing.garbage import SOON_S, Garbage, Limits, idle_s, readable_age
+from patchbank.pipeline.sharing.garbage import (
+    SOON_S,
+    Garbage,
+    Limits,
+    idle_s,
+    is_known_bank,
+    readable_age,
+)
 from patchbank.pipeline.sharing.listing import Step, in_parallel_order, list_store
 from patchbank.pipeline.sharing.pins import is_pinned
 from patchbank.pipeline.sharing.removal import (
     bank_files,
     remove_stored,
-    stored_clips,
     tree_bytes,
 )
 from patchbank.pipeline.sharing.row_cache import BANKS, cached_banks, remove_cached, shrink
@@ -40,10 +47,11 @@ def find_stored_garbage(
     def look(name: str) -> Garbage | None:
         return _half_push(banks, name, limits, cache)
 
-    looked = in_parallel_order(look, list_store(banks).banks, progress)
+    names = list_store(banks).banks
+    looked = in_parallel_order(look, names, progress)
     found = [each for each in looked if each is not None]
     if isinstance(banks, KeepsUploads):
-        found += _uploads(banks, limits)
+        found += _uploads(banks, banks, names, limits)
     return found
 
 
@@ -53,7 +61,7 @@ def _half_push(banks: Store, name: str, limits: Limits, cache: Path) -> Garbage 
         return None
     sizes = bank_files(with_retries(bank.sizes))
     with suppress(BankError, StoreError):
-        if stored_clips(bank, sizes) is None or is_pinned(bank, cache):
+        if not is_known_bank(bank) or is_pinned(bank, cache):
             return None
         reason, n_bytes = "a push that never finished", sum(sizes.values())
         newest_s = with_retries(bank.newest_s) if isinstance(bank, TellsAge) else None
@@ -76,12 +84,21 @@ def _remove_half_push(banks: Store, name: str, seen: Mapping[str, int]) -> bool:
     return True
 
 
-def _uploads(banks: KeepsUploads, limits: Limits) -> Iterator[Garbage]:
-    for upload in banks.unfinished_uploads():
+def _uploads(
+    banks: Store, uploads: KeepsUploads, names: Collection[str], limits: Limits
+) -> Iterator[Garbage]:
+    """Of files of banks only: other programs send theirs to the same bucket."""
+    are_banks: dict[str, bool] = {}
+    for upload in uploads.unfinished_uploads():
         age_s = time.time() - upload.began_s
-        if age_s >= limits.older_than_s:
+        name, _, file = upload.name.partition("/")
+        if age_s < limits.older_than_s or name not in names or not is_bank_name(file):
+            continue
+        if name not in are_banks:
+            are_banks[name] = is_known_bank(banks.below(name))
+        if are_banks[name]:
             reason = f"an upload in parts that was never completed, {readable_age(age_s)}"
-            remove = partial(_abandon, banks, upload)
+            remove = partial(_abandon, uploads, upload)
             yield Garbage(upload.name, f"{reason}; how large, its store does not tell", 0, remove)
 
 
