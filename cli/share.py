@@ -16,7 +16,7 @@ from patchbank.pipeline.errors import PatchbankError
 if TYPE_CHECKING:
     from patchbank.pipeline.bank import Bank
     from patchbank.pipeline.sharing.entry import Entry
-    from patchbank.pipeline.sharing.push import PushPlan
+    from patchbank.pipeline.sharing.push_plan import PushPlan
     from patchbank.pipeline.sharing.settings import ShareSettings
     from patchbank.pipeline.sharing.store import Store
 
@@ -46,6 +46,10 @@ def push(
         str | None, typer.Option(metavar="LICENCE", help="Of the data set, for the card.")
     ] = None,
     limit_rate: LimitRate = None,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Prove every file that is there, and send damaged ones."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be sent, and send nothing.")
     ] = False,
@@ -73,7 +77,7 @@ def push(
     store = open_store(place)
     record = PushRecord.of(settings.cache, store.url, opened.root_sha256)
     with byte_bar("compare") as compared:
-        plan = plan_push(opened, store, record, progress=compared)
+        plan = plan_push(opened, store, record, repair=repair, progress=compared)
     claims = _claims(opened, place, plan, Claims(data, data_licence, _signers(opened, settings)))
     for line in licence_warnings(opened, data_licence=claims.data_licence):
         print(f"note: {line}", file=sys.stderr)
@@ -89,7 +93,7 @@ def push(
     if dry_run:
         say_facts({**facts, "dry_run": True}, push_line(facts, "to send"), json_output)
         return
-    if plan.there is not None and not plan.is_done:
+    if plan.root_sha256 is not None and not plan.is_same:
         _withdraw(place)
     notes = {CARD: _card(opened, store, place, claims)}
     with byte_bar("push") as progress:
@@ -98,6 +102,7 @@ def push(
             store,
             record=record,
             notes=notes,
+            renew_notes=data is not None or data_licence is not None,
             plan=plan,
             limit_bytes_per_s=limit,
             progress=progress,
@@ -127,7 +132,7 @@ def _claims(bank: Bank, place: str, plan: PushPlan, given: Claims) -> Claims:
     with suppress(PatchbankError):  # what is wrong with the catalogue, `_enter` says
         earlier = {entry.root_sha256: entry for entry in entries_of(open_store(folder), name)}
     same = earlier.get(bank.root_sha256)
-    old = same or (None if plan.there is None else earlier.get(plan.there.seal.root_sha256))
+    old = same or (None if plan.root_sha256 is None else earlier.get(plan.root_sha256))
     return Claims(
         given.data or (old.data if old else None),
         given.data_licence or (old.data_licence if old else None),

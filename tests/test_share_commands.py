@@ -183,7 +183,7 @@ def test_a_word_is_a_name_where_there_is_a_catalogue_and_else_a_folder(
     half.mkdir(parents=True)
     monkeypatch.chdir(here)
     assert main(["bank", "push", str(sealed.path), str(team)]) == 0
-    # As a pull that was killed leaves it: a folder of that name, without a seal.
+    # A folder of that name is there before, as after a pull that was killed early.
     monkeypatch.setenv("PATCHBANK_CATALOGUE", "../team")
     for said in ("fetched", "is here already"):
         assert main(["bank", "pull", name]) == 0

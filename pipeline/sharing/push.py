@@ -42,13 +42,15 @@ def push_bank(
     *,
     record: PushRecord | None = None,
     notes: Mapping[str, bytes] | None = None,
+    renew_notes: bool = False,
     plan: PushPlan | None = None,
     limit_bytes_per_s: float | None = None,
     progress: Progress | None = None,
 ) -> Pushed:
     """Puts a sealed bank into a store, with `notes` by name, beside those that lie in the bank.
 
-    The same call finishes what an earlier one began. `record` remembers, on this machine, what has
+    The same call finishes what an earlier one began. Where the very bank is there, its notes stay
+    as they are, unless it is to `renew_notes`. `record` remembers, on this machine, what has
     arrived, for stores that tell no digests. Raises what `plan_push` does, `BankError` where the
     bank has grown meanwhile, `StoreError` where the store gives up.
     """
@@ -58,6 +60,7 @@ def push_bank(
     plan = plan or plan_push(opened, store, record)
     traffic = Traffic(plan.n_bytes, limit_bytes_per_s=limit_bytes_per_s, progress=progress)
     everything = notes_to_send(opened.path, store, notes or {}, is_same=plan.is_same)
+    everything |= dict(notes or {}) if renew_notes else {}
     try:
         if not plan.is_done:
             _take(opened, store, plan, record)

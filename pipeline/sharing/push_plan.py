@@ -45,6 +45,8 @@ class PushPlan:
     """Files of the bank that the store holds sealed."""
     seal_content: bytes | None = None
     """Of the seal that the store holds."""
+    root_sha256: str | None = None
+    """Of the bank that the store holds sealed."""
     is_same: bool = False
     """Whether that is the very bank."""
 
@@ -111,6 +113,7 @@ def _plan_again(
         replace=tuple(f for name, f in files.items() if name in sizes and name not in good),
         there=files,
         seal_content=content,
+        root_sha256=bank.root_sha256,
         is_same=True,
     )
 
@@ -139,6 +142,7 @@ def _plan_onto(bank: Bank, store: Store, there: RemoteSeal) -> PushPlan:
         ),
         there=old.files,
         seal_content=there.content,
+        root_sha256=old.root_sha256,
     )
 
 
