@@ -47,7 +47,7 @@ app.add_typer(bank.app, name="bank")
 
 
 INTERRUPTED = 130
-GO_ON = (["demo"], ["extract"], ["train-probe"])
+GO_ON = (["demo"], ["extract"], ["train-probe"], ["bank", "push"], ["bank", "pull"])
 """Commands that go on where they were stopped."""
 
 
@@ -69,10 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         # typer turns Ctrl-C into this code.
         if stop.code == INTERRUPTED:
-            goes_on = "; the same command goes on from here" if typed[:1] in GO_ON else ""
+            goes_on = "; the same command goes on from here" if is_resumed(typed) else ""
             print(f"interrupted{goes_on}", file=sys.stderr)
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     return 0
+
+
+def is_resumed(typed: Sequence[str]) -> bool:
+    """Whether a command line goes on where it was stopped."""
+    return any(list(typed[: len(names)]) == names for names in GO_ON)
 
 
 def _system_reason(error: OSError) -> str:

@@ -56,7 +56,8 @@ def push(
     from patchbank.pipeline.bank import open_bank
     from patchbank.pipeline.sharing.licence import licence_warnings
     from patchbank.pipeline.sharing.notes import CARD
-    from patchbank.pipeline.sharing.push import plan_push, push_bank
+    from patchbank.pipeline.sharing.push import push_bank
+    from patchbank.pipeline.sharing.push_plan import plan_push
     from patchbank.pipeline.sharing.push_record import PushRecord
     from patchbank.pipeline.sharing.settings import load_settings, parse_bytes
     from patchbank.pipeline.sharing.stores import open_store

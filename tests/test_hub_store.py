@@ -22,7 +22,8 @@ from patchbank.pipeline.sharing import hub_store, transfer
 from patchbank.pipeline.sharing.dataset_card import dataset_card
 from patchbank.pipeline.sharing.hub_store import HubStore
 from patchbank.pipeline.sharing.pull import pull_bank
-from patchbank.pipeline.sharing.push import plan_push, push_bank
+from patchbank.pipeline.sharing.push import push_bank
+from patchbank.pipeline.sharing.push_plan import plan_push
 from patchbank.pipeline.sharing.push_record import PushRecord
 from patchbank.pipeline.sharing.store import PIECE_BYTES, Upload
 from patchbank.pipeline.sharing.stores import open_store

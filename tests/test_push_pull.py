@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import _thread
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from fake_bank import SETTINGS
 
+from patchbank.cli.main import is_resumed
 from patchbank.pipeline.bank import Bank, open_bank
 from patchbank.pipeline.bank.verify import verify_bank
 from patchbank.pipeline.errors import (
@@ -18,11 +22,13 @@ from patchbank.pipeline.errors import (
     BankNotFound,
     StoreError,
 )
+from patchbank.pipeline.sharing.claim import CLAIM, take
 from patchbank.pipeline.sharing.folder_store import FolderStore
 from patchbank.pipeline.sharing.pull import PULLING, plan_pull, pull_bank
-from patchbank.pipeline.sharing.push import plan_push, push_bank
+from patchbank.pipeline.sharing.push import push_bank
+from patchbank.pipeline.sharing.push_plan import PushPlan, plan_push
 from patchbank.pipeline.sharing.push_record import PushRecord
-from patchbank.pipeline.sharing.transfer import Throttle
+from patchbank.pipeline.sharing.transfer import Throttle, Traffic, in_parallel
 
 
 @pytest.fixture
@@ -82,6 +88,7 @@ def test_a_record_of_what_arrived_saves_reading_it_back(
 ) -> None:
     push_bank(sealed.path, there)
     (there.folder / "seal.json").unlink()
+    take(there, sealed)
     record = PushRecord.of(tmp_path / "cache", there.url, sealed.root_sha256)
     plan_push(sealed, there, record)
     read: list[int] = []
@@ -95,10 +102,16 @@ def test_a_record_of_what_arrived_saves_reading_it_back(
 def test_a_record_with_half_a_line_is_read(sealed: Bank, tmp_path: Path) -> None:
     record = PushRecord.of(tmp_path, "s3://a/b", sealed.root_sha256)
     file = next(iter(sealed.seal.files.values()))
+    record.of_claim("one")
     record.note(file)
     path = next((tmp_path / "pushes").iterdir())
     path.write_bytes(path.read_bytes() + b'{"path": "zarr.js')
-    assert PushRecord.of(tmp_path, "s3://a/b", sealed.root_sha256).has(file)
+    again = PushRecord.of(tmp_path, "s3://a/b", sealed.root_sha256)
+    again.of_claim("one")
+    assert again.has(file)
+    # Of a push that began after a removal.
+    again.of_claim("two")
+    assert not again.has(file)
 
 
 def test_another_bank_is_never_overwritten(
@@ -119,6 +132,114 @@ def test_another_bank_is_never_overwritten(
     with pytest.raises(BankMismatch, match="is another bank than"):
         pull_bank(other, tmp_path / "here.bank")
     assert open_bank(tmp_path / "here.bank").root_sha256 == sealed.root_sha256
+
+
+@pytest.fixture(scope="module")
+def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bank, Bank]:
+    """Banks of one table and one recipe, whose audio differs: their cards are equal to the byte."""
+    from audio_sets import write_clip_set
+
+    from patchbank.pipeline.extraction import extract
+
+    folder = tmp_path_factory.mktemp("twins")
+    table = write_clip_set(folder / "set", n_clips=20)
+    one = extract(table, encoder="fake", out=folder / "one.bank", settings=SETTINGS)
+    recordings = sorted((folder / "set").rglob("*.wav"))
+    shutil.copy(recordings[0], recordings[-1])
+    other = extract(table, encoder="fake", out=folder / "other.bank", settings=SETTINGS)
+    assert (one.path / "zarr.json").read_bytes() == (other.path / "zarr.json").read_bytes()
+    assert one.root_sha256 != other.root_sha256
+    return one, other
+
+
+def test_of_two_banks_that_are_pushed_to_one_place_at_once_one_is_sealed(
+    twins: tuple[Bank, Bank], tmp_path: Path
+) -> None:
+    for number in range(6):
+        there = FolderStore(tmp_path / f"{number}.bank")
+        plans = [plan_push(bank, there, PushRecord(None)) for bank in twins]
+        together = threading.Barrier(2)
+
+        def push(which: int, there: FolderStore = there, plans: list[PushPlan] = plans,
+                 together: threading.Barrier = together) -> str:  # fmt: skip
+            together.wait()
+            try:
+                push_bank(twins[which], there, plan=plans[which])
+            except BankError as error:
+                return str(error)
+            return ""
+
+        with ThreadPoolExecutor(2) as pool:
+            said = list(pool.map(push, range(2)))
+        assert sorted(map(bool, said)) == [False, True]
+        assert "push" in max(said)
+        assert verify_bank(there.folder) == ()
+        assert open_bank(there.folder).root_sha256 == twins[said.index("")].root_sha256
+
+
+def test_a_plan_that_is_out_of_date_overwrites_nothing(
+    twins: tuple[Bank, Bank], there: FolderStore
+) -> None:
+    one, other = twins
+    late = plan_push(other, there, PushRecord(None))
+    push_bank(one, there)
+    with pytest.raises(BankError, match="was pushed to or removed since this push began"):
+        push_bank(other, there, plan=late)
+    assert not (there.folder / CLAIM).exists()
+    assert verify_bank(there.folder) == ()
+    assert open_bank(there.folder).root_sha256 == one.root_sha256
+
+
+def test_half_a_push_takes_no_file_of_another_bank(
+    twins: tuple[Bank, Bank], there: FolderStore
+) -> None:
+    one, other = twins
+    push_bank(one, there)
+    (there.folder / "seal.json").unlink()
+    take(there, one)
+    with pytest.raises(BankMismatch, match=r"a push of another bank .* was broken off"):
+        push_bank(other, there)
+    push_bank(one, there)
+    assert verify_bank(there.folder) == ()
+    assert not (there.folder / CLAIM).exists()
+
+
+def test_a_claim_that_is_damaged_or_empty_keeps_nobody_out_for_ever(
+    sealed: Bank, there: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("patchbank.pipeline.sharing.transfer.FIRST_WAIT_S", 0.01)
+    (there.folder / CLAIM).parent.mkdir(parents=True)
+    (there.folder / CLAIM).write_text("{}")
+    with pytest.raises(StoreError, match="is damaged; if nobody pushes there, remove"):
+        push_bank(sealed.path, there)
+    (there.folder / CLAIM).write_text("")
+    push_bank(sealed.path, there)
+    assert verify_bank(there.folder) == ()
+
+
+def test_a_bank_that_is_damaged_in_a_store_is_mended_by_a_push(
+    sealed: Bank, there: FolderStore
+) -> None:
+    push_bank(sealed.path, there)
+    lost, cut, flipped = (sealed.array(layer).shard_path(0) for layer in (1, 2, 1))
+    flipped = sealed.array(1).shard_path(1)
+    (there.folder / lost).unlink()
+    (there.folder / cut).write_bytes(b"")
+    content = bytearray((there.folder / flipped).read_bytes())
+    content[50] ^= 1
+    (there.folder / flipped).write_bytes(content)
+    assert push_bank(sealed.path, there).n_files == 2
+    assert len(verify_bank(there.folder)) > 0
+    plan = plan_push(sealed, there, PushRecord(None), repair=True)
+    assert [file.path for file in plan.replace] == [flipped]
+    push_bank(sealed.path, there, plan=plan)
+    assert verify_bank(there.folder) == ()
+
+
+def test_a_push_again_keeps_what_others_noted(sealed: Bank, there: FolderStore) -> None:
+    push_bank(sealed.path, there, notes={"notes/README.md": b"first"})
+    push_bank(sealed.path, there, notes={"notes/README.md": b"second"})
+    assert (there.folder / "notes/README.md").read_bytes() == b"first"
 
 
 def test_a_folder_of_something_else_is_left_alone(
@@ -216,7 +337,7 @@ def test_bytes_that_are_not_the_sealed_ones_are_not_kept(
     content[100] ^= 1
     (there.folder / name).write_bytes(content)
     here = tmp_path / "here.bank"
-    with pytest.raises(BankCorrupt, match=rf"{name} has SHA-256 .*pushes it again"):
+    with pytest.raises(BankCorrupt, match=rf"{name} has SHA-256 .*bank push BANK .* --repair"):
         pull_bank(there, here)
     assert not (here / name).exists()
     assert not (here / "seal.json").exists()
@@ -233,6 +354,35 @@ def test_a_damaged_bank_is_not_pushed(copy: Path, there: FolderStore) -> None:
     with pytest.raises(StoreError, match="what arrived has SHA-256"):
         push_bank(copy, there)
     assert not (there.folder / "seal.json").exists()
+
+
+def test_an_error_and_ctrl_c_end_transfers_that_are_under_way() -> None:
+    begun = threading.Event()
+
+    def endless() -> None:
+        traffic = Traffic(1, limit_bytes_per_s=1.0)
+        while True:
+            begun.set()
+            traffic(1_000)
+
+    def fails() -> None:
+        begun.wait(30)
+        raise StoreError("no")
+
+    def interrupts() -> None:
+        begun.wait(30)
+        _thread.interrupt_main()
+
+    for ends, error in ((fails, StoreError), (interrupts, KeyboardInterrupt)):
+        begun.clear()
+        with pytest.raises(error):
+            in_parallel([endless, ends])
+
+
+def test_the_line_that_goes_on_is_told_for_pushes_and_pulls() -> None:
+    assert is_resumed(["bank", "push", "x.bank", "s3://team"])
+    assert is_resumed(["bank", "pull", "x"])
+    assert not is_resumed(["bank", "ls"])
 
 
 def test_a_throttle_keeps_to_its_speed() -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from patchbank.pipeline.bank.commit import STALE_S
+from patchbank.pipeline.bank.commit import NO_LINKS, STALE_S
 from patchbank.pipeline.bank.writer import FileRecord, fsync_folder
 from patchbank.pipeline.errors import NotInStore, StoreError
 from patchbank.pipeline.sharing.store import PIECE_BYTES, Meter, Upload
@@ -121,6 +121,41 @@ class FolderStore:
                 "ask for the right to write, and run the same command again",
                 may_pass=error.errno in MAY_PASS,
             ) from error
+
+    def create(self, upload: Upload) -> bool:
+        """See `claim.CreatesOnce`."""
+        assert isinstance(upload.source, bytes)
+        target = self._path(upload.record.path)
+        draft, file = self._open_draft()
+        try:
+            with file:
+                file.write(upload.source)
+                file.flush()
+                os.fsync(file.fileno())
+            _in_folder_of(target, lambda: target.parent.stat())
+            os.link(draft, target)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno in NO_LINKS:
+                return self._create_without_links(upload.source, target)
+            raise StoreError(
+                f"{self.url}/{upload.record.path} cannot be written: {error.strerror}; free some "
+                "space or ask for the right to write, and run the same command again"
+            ) from error
+        finally:
+            draft.unlink(missing_ok=True)
+            with suppress(OSError):
+                draft.parent.rmdir()
+        return True
+
+    def _create_without_links(self, content: bytes, target: Path) -> bool:
+        try:
+            with target.open("xb") as file:
+                file.write(content)
+        except FileExistsError:
+            return False
+        return True
 
     def _put(self, upload: Upload, target: Path, meter: Meter) -> None:
         record = upload.record

@@ -38,6 +38,38 @@ def own_notes(bank: Path) -> dict[str, bytes]:
     return found
 
 
+def notes_to_send(
+    bank: Path, store: Store, given: Mapping[str, bytes], *, is_same: bool
+) -> dict[str, bytes]:
+    """The notes of a push: those of the bank here, and `given` ones, which lie nowhere.
+
+    Where the store `is_same`, that is holds the very bank, what it has stays, and signatures of
+    both places are kept.
+    """
+    notes = dict(given) | own_notes(bank)
+    if not is_same:
+        return notes
+    sizes = with_retries(lambda: store.below(NOTES).sizes())
+    there = {f"{NOTES}/{name}" for name in sizes}
+    new = {name: content for name, content in notes.items() if name not in there}
+    if SIGNATURES in notes and SIGNATURES in there:
+        new[SIGNATURES] = both_signatures(notes[SIGNATURES], _note(store, SIGNATURES) or b"")
+    return new
+
+
+def both_signatures(some: bytes, others: bytes) -> bytes:
+    """The signatures of two files over one seal, each once; of one key that of `some`."""
+    from patchbank.pipeline.sharing.signing import blocks_of, key_of
+
+    by_key: dict[bytes, str] = {}
+    for block in (*blocks_of(some), *blocks_of(others)):
+        try:
+            by_key.setdefault(key_of(block), block)
+        except ValueError:
+            continue
+    return "".join(f"{block}\n" for block in by_key.values()).encode("ascii", "replace")
+
+
 def _is_small_file(path: Path) -> bool:
     return path.is_file() and not path.is_symlink() and path.stat().st_size <= MOST_NOTE_BYTES
 
@@ -62,7 +94,14 @@ def fetch_notes(store: Store, out: Path, say: Callable[[str], None]) -> None:
             say(f"without {name}: {error}")
             continue
         if content is not None:
-            put_small(out, name, content)
+            put_small(out, name, _with_own(out, name, content))
+
+
+def _with_own(out: Path, name: str, content: bytes) -> bytes:
+    """What came, with the signatures that were put here: of another seal they say nothing wrong."""
+    if name != SIGNATURES or not _is_small_file(inside(out, name)):
+        return content
+    return both_signatures((out / name).read_bytes(), content)
 
 
 def _note(store: Store, name: str) -> bytes | None:

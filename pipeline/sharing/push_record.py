@@ -24,28 +24,35 @@ class PushRecord:
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._lock = threading.Lock()
+        self._token = ""
         self._arrived = set() if path is None else _read(path)
 
     @classmethod
     def of(cls, cache: Path, url: str, root_sha256: str) -> PushRecord:
-        """That of a push of the bank `root_sha256` to an address."""
-        name = hashlib.sha256(f"{url}\n{root_sha256}".encode()).hexdigest()[:32]
+        """That of a push of the bank `root_sha256` to an address, or a folder."""
+        place = url if "://" in url else str(Path(url).resolve())
+        name = hashlib.sha256(f"{place}\n{root_sha256}".encode()).hexdigest()[:32]
         return cls(cache / "pushes" / f"{name}.jsonl")
+
+    def of_claim(self, token: str) -> None:
+        """From now on speaks of the push with that claim on the place: what arrived under another
+        one was removed since."""
+        self._token = token
 
     def has(self, file: FileRecord) -> bool:
         """Whether this very file arrived."""
-        return file in self._arrived
+        return bool(self._token) and (self._token, file) in self._arrived
 
     def note(self, file: FileRecord) -> None:
         """Notes that a file arrived; a record that cannot be written costs time at most."""
         with self._lock:
-            if file in self._arrived:
+            if (self._token, file) in self._arrived:
                 return
-            self._arrived.add(file)
+            self._arrived.add((self._token, file))
             if self._path is not None:
                 with suppress(OSError):
                     self._path.parent.mkdir(parents=True, exist_ok=True)
-                    _append(self._path, json.dumps(asdict(file)) + "\n")
+                    _append(self._path, json.dumps([self._token, asdict(file)]) + "\n")
 
     def forget(self) -> None:
         """Removes the record of a push that is done."""
@@ -63,11 +70,12 @@ def _append(path: Path, line: str) -> None:
         os.close(descriptor)
 
 
-def _read(path: Path) -> set[FileRecord]:
+def _read(path: Path) -> set[tuple[str, FileRecord]]:
     found = set()
     with suppress(OSError):
         for line in path.read_bytes().splitlines():
             # The last line may be half of one.
             with suppress(KeyError, TypeError, *NO_JSON):
-                found.add(file_record(json.loads(line)))
+                token, file = json.loads(line)
+                found.add((str(token), file_record(file)))
     return found

@@ -75,7 +75,7 @@ def sealed_document(store: Store, seal: Seal, name: str, *, most_bytes: int) -> 
 
 def ask_pusher(store: Store) -> str:
     """What to do about a bank that is damaged where it lies."""
-    return f"who has the bank pushes it again: `patchbank bank push ... {store.url}`"
+    return f"who has the bank mends it: `patchbank bank push BANK {store.url} --repair`"
 
 
 def holds_all_of(new: Seal, old: Seal, schema: BankSchema) -> bool:

@@ -28,6 +28,10 @@ NOT_LET_IN = {"ExpiredToken", "InvalidToken", "InvalidAccessKeyId", "Unsupported
 CONNECTIONS = 32
 
 
+class Exists(StoreError):
+    """A file that was to be made is there."""
+
+
 def connect() -> Any:
     """A client of botocore; without credentials it asks as anybody may.
 
@@ -128,6 +132,8 @@ def _refusal(answer: dict[str, Any], where: str, bucket: str) -> StoreError:
         return StoreError(f"{where}: there is no bucket {bucket}; make it or correct the address")
     if status == 404:
         return NotInStore(f"there is no {where}")
+    if status == 412 or code == "PreconditionFailed":
+        return Exists(f"{where} is there already")
     if status == 416:
         return StoreError(f"{where} is shorter than expected", may_pass=True)
     if code in ALTERED:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from patchbank.pipeline.bank.writer import FileRecord
 from patchbank.pipeline.errors import NotInStore, StoreError
-from patchbank.pipeline.sharing.s3_client import asking, connect
+from patchbank.pipeline.sharing.s3_client import Exists, asking, connect
 from patchbank.pipeline.sharing.store import Meter, Upload
 from patchbank.pipeline.sharing.transfer import in_parallel, put_in_parallel, with_retries
 from patchbank.pipeline.sharing.upkeep import UnfinishedUpload
@@ -124,6 +124,14 @@ class S3Store:
             self._put_whole(upload, meter)
         else:
             self._put_parts(upload, meter)
+
+    def create(self, upload: Upload) -> bool:
+        """See `claim.CreatesOnce`; servers that do not know the condition overwrite."""
+        try:
+            self._call("put_object", upload.record.path, Body=upload.source, IfNoneMatch="*")
+        except Exists:
+            return False
+        return True
 
     def _put_whole(self, upload: Upload, meter: Meter) -> None:
         record = upload.record

@@ -144,6 +144,22 @@ class SftpStore:
                 # Another process has just removed the folder of drafts, as it was empty.
                 raise StoreError(f"{self.url}/{draft} was removed", may_pass=True) from error
 
+    def create(self, upload: Upload) -> bool:
+        """See `claim.CreatesOnce`."""
+        name = upload.record.path
+        with self._client(name) as client:
+            target = self._path(client, name)
+            _make_folders(client, target.rpartition("/")[0])
+            try:
+                with client.open(target, "wx") as file:
+                    file.write(upload.source)
+            except (OSError, StoreError):
+                # The protocol has no code of its own for a file that exists.
+                if self._size(name) is None:
+                    raise
+                return False
+        return True
+
     @contextmanager
     def _drafts(self, client: Any) -> Iterator[None]:
         """The folder of drafts, which is there while a thread of this store needs it."""

@@ -19,10 +19,27 @@ TRIES = 6
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 30.0
 
 
+_CURRENT = threading.local()
+"""In a thread of `in_parallel`: the event that tells it to stop."""
+
+
+class Stopped(StoreError):
+    """The transfer was given up while this thread still worked for it."""
+
+
+def wait_unless_stopped(wait_s: float) -> None:
+    """Waits; raises `Stopped` as soon as the transfer that this thread works for is given up."""
+    stop: threading.Event | None = getattr(_CURRENT, "stop", None)
+    if stop is None:
+        time.sleep(wait_s)
+    elif stop.wait(wait_s):
+        raise Stopped("stopped")
+
+
 def pause(attempt: int) -> None:
     """Waits before attempt 1, 2 ...: longer each time, and not all clients at once."""
     wait_s = min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** (attempt - 1))
-    time.sleep(wait_s * random.uniform(0.5, 1.0))
+    wait_unless_stopped(wait_s * random.uniform(0.5, 1.0))
 
 
 def with_retries(work: Callable[[], Result], *, tries: int = TRIES) -> Result:
@@ -50,7 +67,7 @@ class Throttle:
             now_s = time.monotonic()
             self._free_at_s = max(now_s, self._free_at_s) + max(0, n_bytes) / self._per_s
             wait_s = self._free_at_s - now_s
-        time.sleep(wait_s)
+        wait_unless_stopped(wait_s)
 
 
 class Traffic:
@@ -72,12 +89,14 @@ class Traffic:
         self._lock = threading.Lock()
 
     def __call__(self, n_bytes: int) -> None:
+        if n_bytes > 0:
+            wait_unless_stopped(0.0)
+            if self._throttle is not None:
+                self._throttle(n_bytes)
         with self._lock:
             self.n_done += n_bytes
             if self._progress is not None:
                 self._progress(self.n_done, self.n_bytes)
-        if self._throttle is not None and n_bytes > 0:
-            self._throttle(n_bytes)
 
 
 class Counted:
@@ -97,14 +116,22 @@ class Counted:
 
 
 def in_parallel(jobs: Sequence[Callable[[], None]], *, at_once: int = FILES_AT_ONCE) -> None:
-    """Runs all jobs; the first error ends those that have not begun, and is raised."""
-    pool = ThreadPoolExecutor(min(at_once, max(1, len(jobs))), thread_name_prefix="transfer")
+    """Runs all jobs; the first error, or Ctrl-C, stops the others, and is raised."""
+    stop = threading.Event()
+    pool = ThreadPoolExecutor(
+        min(at_once, max(1, len(jobs))),
+        thread_name_prefix="transfer",
+        initializer=lambda: setattr(_CURRENT, "stop", stop),
+    )
     try:
         waiting: set[Future[None]] = {pool.submit(job) for job in jobs}
         while waiting:
             finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
             for future in finished:
                 future.result()
+    except BaseException:
+        stop.set()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
