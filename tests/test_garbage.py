@@ -20,6 +20,7 @@ from patchbank.pipeline.bank import Bank, open_bank
 from patchbank.pipeline.bank.commit import owning
 from patchbank.pipeline.errors import BankIncomplete, BankNotFound, PatchbankError, StoreError
 from patchbank.pipeline.sharing.catalogue import enter
+from patchbank.pipeline.sharing.claim import take
 from patchbank.pipeline.sharing.entry import entry_of
 from patchbank.pipeline.sharing.folder_store import FolderStore
 from patchbank.pipeline.sharing.garbage import Garbage, Limits, find_garbage
@@ -213,6 +214,19 @@ def test_a_bank_whose_card_is_damaged_goes_by_its_commit_records(
     assert "(an unknown number of clips)" in said(capsys, "rm", str(copy), "--dry-run")[0]
     said(capsys, "rm", str(copy), "--yes")
     assert not copy.exists()
+
+
+def test_a_push_that_died_before_its_card_was_sent_is_removable(
+    sealed: Bank, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one.bank", "two.bank"):
+        take(FolderStore(tmp_path / name), sealed)
+    assert stored_doomed(Elsewhere(tmp_path / "one.bank"), tmp_path).clips == "an unknown number of"
+    said(capsys, "rm", str(tmp_path / "one.bank"), "--yes")
+    make_old(tmp_path / "two.bank")
+    ((reason, gone),) = collected(capsys, tmp_path).values()
+    assert reason.startswith("a push that never finished")
+    assert gone
 
 
 def test_files_of_something_else_keep_a_bank_from_being_removed(

@@ -25,6 +25,7 @@ from patchbank.pipeline.errors import (
     StoreError,
 )
 from patchbank.pipeline.sharing.catalogue import withdraw
+from patchbank.pipeline.sharing.claim import read_claim
 from patchbank.pipeline.sharing.folder_store import DRAFTS, FolderStore
 from patchbank.pipeline.sharing.listing import FOLDER
 from patchbank.pipeline.sharing.pins import is_pinned
@@ -173,8 +174,8 @@ def bank_files(sizes: Mapping[str, int]) -> dict[str, int]:
 def known_clips(bank: Store) -> str | None:
     """How many clips a bank, or half of one, has, for the question; None where it is none.
 
-    Where the card is damaged or missing, a commit record has to tell that it is a bank. Raises
-    `BankError` for a newer format.
+    Where the card is damaged or missing, a commit record or the claim of a push has to tell that it
+    is a bank. Raises `BankError` for a newer format.
     """
     size = with_retries(lambda: bank.size(CARD))
     if size is not None and size > MOST_CARD_BYTES:
@@ -185,7 +186,7 @@ def known_clips(bank: Store) -> str | None:
     except BankNotFound:
         return None  # a Zarr group of something else
     except (BankCorrupt, KeyError, TypeError):
-        return UNKNOWN if _has_record(bank.below("commits")) else None
+        return UNKNOWN if _has_record(bank.below("commits")) or _is_claimed(bank) else None
 
 
 def _has_record(commits: Store) -> bool:
@@ -196,6 +197,16 @@ def _has_record(commits: Store) -> bool:
         for name in names[:MOST_RECORDS]
     )
     return any(_is_record(content or b"") for content in documents)
+
+
+def _is_claimed(bank: Store) -> bool:
+    """Whether a push has begun, which may not have sent a card yet."""
+    try:
+        return read_claim(bank) is not None
+    except StoreError as error:
+        if error.may_pass:
+            raise
+        return False
 
 
 def _is_record(content: bytes) -> bool:
