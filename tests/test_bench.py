@@ -51,6 +51,7 @@ def test_the_bank_is_measured_against_limits_and_zarr(tmp_path: Path) -> None:
     assert max(map(len, table.splitlines())) <= 100
 
 
+@pytest.mark.slow
 def test_training_is_measured_against_plain_autograd_and_the_loader(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     command = [

@@ -606,6 +606,7 @@ def test_gc_waits_for_nobody_who_owns_a_bank(half_pull: Path) -> None:
         assert not found.remove()
 
 
+@pytest.mark.slow
 def test_a_pull_that_is_killed_is_kept_while_it_lives_and_goes_when_it_is_dead(
     sealed: Bank, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

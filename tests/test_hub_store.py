@@ -92,9 +92,9 @@ def test_a_bank_comes_back_as_it_was_pushed(
     sealed_files = {f"x.bank/{name}" for name in (*sealed.seal.files, "seal.json")}
     assert set(there) == {*sealed_files, "x.bank/notes/README.md", "README.md", ".gitattributes"}
     assert there["README.md"] == card
-    # The card, everything else, the notes, the page, and the seal by itself at the end.
-    assert len(hub.messages) == 5
-    assert hub.messages[-1] == "Put seal.json into x.bank"
+    # The claim, the card, everything else, the notes, the page, the seal by itself, no claim more.
+    assert len(hub.messages) == 7
+    assert hub.messages[-2] == "Put seal.json into x.bank"
     pulled = pull_bank(open_store(URL), tmp_path / "here.bank")
     assert files_of(pulled.path) == files_of(sealed.path) | {"notes/README.md": card}
     assert verify_bank(pulled.path) == ()

@@ -274,7 +274,7 @@ pull_part(url, out, **({"layers": [1]} if sys.argv[3] == "layers" else {"splits"
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"layers": [1]}, id="files"),
+        pytest.param({"layers": [1]}, id="files", marks=pytest.mark.slow),
         pytest.param({"splits": ["train"]}, id="rows", marks=pytest.mark.slow),
     ],
 )

@@ -31,7 +31,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture(params=["s3", "sftp", "http"])
 def address(request: pytest.FixtureRequest, sealed: Bank) -> str:
     """Where a copy of the bank lies."""
-    pytest.importorskip(f"patchbank.pipeline.sharing.{request.param}_store")
     if request.param == "http":
         url, folder = request.getfixturevalue("http_folder")
         shutil.copytree(sealed.path, folder / "x.bank")

@@ -14,7 +14,7 @@ from patchbank.pipeline.bank import Bank, open_bank
 from patchbank.pipeline.bank.verify import verify_bank
 
 N_KILLS = 20
-LENGTH_S = 0.4
+LENGTH_S = 0.25
 
 
 def inodes(folder: Path, bank: Bank) -> dict[str, int]:

@@ -214,7 +214,12 @@ class FolderStore:
 
         On a network share a lock may hold on its own machine only, so that age counts, too.
         """
-        for draft in (self.folder / DRAFTS).glob(f"put.{'[0-9a-f]' * 32}"):
+        drafts: list[Path] = []
+        with suppress(
+            FileNotFoundError
+        ):  # another push has just removed the folder, as it was empty
+            drafts = list((self.folder / DRAFTS).glob(f"put.{'[0-9a-f]' * 32}"))
+        for draft in drafts:
             with suppress(OSError), draft.open("rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if time.time() - draft.stat().st_mtime > STALE_S:
