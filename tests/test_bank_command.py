@@ -135,7 +135,7 @@ def test_rm_removes_a_bank_and_nothing_else(
     (tmp_path / "thesis").mkdir()
     assert "no bank at" in said(capsys, "rm", str(tmp_path / "thesis"), "--yes", status=1)[1]
     zarr.create_group(tmp_path / "group")
-    assert "but no bank" in said(capsys, "rm", str(tmp_path / "group"), "--yes", status=1)[1]
+    assert "no bank at" in said(capsys, "rm", str(tmp_path / "group"), "--yes", status=1)[1]
     (tmp_path / "link.bank").symlink_to(copy)
     words = said(capsys, "rm", f"{tmp_path / 'link.bank'}/", "--yes", status=1)[1]
     assert "is a link to" in words

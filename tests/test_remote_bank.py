@@ -168,8 +168,8 @@ def test_a_wrong_byte_of_a_row_is_never_seen(copy: Path, sealed: Bank) -> None:
         list(BatchLoader(remote, layer=1))
     assert str(caught.value) == (
         f"{copy}: shard {SHARD}, row 19 ({clip}): the bytes do not match the row's SHA-256; it may "
-        "be in the middle of a push; else who has the bank pushes it again: `patchbank bank push "
-        f"... {copy}`"
+        "be in the middle of a push; else who has the bank mends it: `patchbank bank push BANK "
+        f"{copy} --repair`"
     )
     with pytest.raises(BankCorrupt, match="row 19"):
         remote.rows_view(1, [18, 19])[...]
@@ -221,7 +221,7 @@ def test_an_index_that_lies_gives_no_row(
         list(BatchLoader(remote, layer=1, shuffle=False))
     assert str(caught.value).startswith(f"{copy}: shard")
     assert "/cache/" not in str(caught.value)
-    assert "pushes it again" in str(caught.value)
+    assert "--repair" in str(caught.value)
 
 
 def test_rows_that_stand_in_another_order_are_found_by_their_index(
@@ -237,20 +237,20 @@ def test_rows_that_stand_in_another_order_are_found_by_their_index(
 
 def test_a_file_that_is_cut_or_gone_is_told_when_it_is_opened(copy: Path) -> None:
     os.truncate(copy / SHARD, 9_000)
-    with pytest.raises(BankCorrupt, match=r"c\.1\.0\.0 has 9000 bytes, sealed .*pushes it again"):
+    with pytest.raises(BankCorrupt, match=r"c\.1\.0\.0 has 9000 bytes, sealed .*--repair"):
         open_bank(url(copy))
     (copy / SHARD).unlink()
-    with pytest.raises(BankCorrupt, match=r"c\.1\.0\.0 is missing, sealed .*pushes it again"):
+    with pytest.raises(BankCorrupt, match=r"c\.1\.0\.0 is missing, sealed .*--repair"):
         open_bank(url(copy))
 
 
 def test_a_file_that_is_cut_or_gone_later_is_told_when_it_is_read(copy: Path) -> None:
     remote = open_bank(url(copy))
     os.truncate(copy / SHARD, 9_000)
-    with pytest.raises(BankCorrupt, match=r"c\.1\.0\.0 has 9000 bytes, sealed .*pushes it again"):
+    with pytest.raises(BankCorrupt, match=r"c\.1\.0\.0 has 9000 bytes, sealed .*--repair"):
         BatchLoader(remote, layer=1)
     (copy / SHARD).unlink()
-    with pytest.raises(BankCorrupt, match=r"c\.1\.0\.0 is gone; .*pushes it again"):
+    with pytest.raises(BankCorrupt, match=r"c\.1\.0\.0 is gone; .*--repair"):
         BatchLoader(remote, layer=1)
     os.truncate(copy / "layers/1/mean/c.0.0", 9)
     with pytest.raises(BankCorrupt, match=r"layers/1/mean/c\.0\.0 has 9 bytes, sealed"):

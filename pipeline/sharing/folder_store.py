@@ -126,10 +126,19 @@ class FolderStore:
         """See `claim.CreatesOnce`."""
         assert isinstance(upload.source, bytes)
         target = self._path(upload.record.path)
+        try:
+            return self._create(upload.source, target)
+        except OSError as error:
+            raise StoreError(
+                f"{self.url}/{upload.record.path} cannot be written: {error.strerror}; free some "
+                "space or ask for the right to write, and run the same command again"
+            ) from error
+
+    def _create(self, content: bytes, target: Path) -> bool:
         draft, file = self._open_draft()
         try:
             with file:
-                file.write(upload.source)
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
             _in_folder_of(target, lambda: target.parent.stat())
@@ -137,12 +146,9 @@ class FolderStore:
         except FileExistsError:
             return False
         except OSError as error:
-            if error.errno in NO_LINKS:
-                return self._create_without_links(upload.source, target)
-            raise StoreError(
-                f"{self.url}/{upload.record.path} cannot be written: {error.strerror}; free some "
-                "space or ask for the right to write, and run the same command again"
-            ) from error
+            if error.errno not in NO_LINKS:
+                raise
+            return self._create_without_links(content, target)
         finally:
             draft.unlink(missing_ok=True)
             with suppress(OSError):
