@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from patchbank.pipeline.bank import Bank, open_bank
 from patchbank.pipeline.bank.verify import verify_bank
 from patchbank.pipeline.errors import PatchbankError, StoreError
 from patchbank.pipeline.sharing.settings import load_settings
-from patchbank.pipeline.sharing.stores import split_place
+from patchbank.pipeline.sharing.stores import CLIENTS, split_place
 
 
 @pytest.fixture(autouse=True)
@@ -325,3 +326,23 @@ def test_paths_of_the_settings_begin_at_home(
     assert settings.cache_limit_bytes == 5_000
     monkeypatch.setenv("PATCHBANK_CATALOGUE", "s3://team/~x")
     assert load_settings().catalogue == "s3://team/~x"
+
+
+@pytest.mark.parametrize("scheme", CLIENTS)
+def test_a_client_that_is_not_installed_is_told_with_the_line_that_installs_it(
+    scheme: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("patchbank.pipeline.sharing.stores.find_spec", lambda name: None)
+    assert main(["bank", "ls", f"{scheme}://team/banks"]) == 1
+    package, extra = CLIENTS[scheme]
+    told = f"error: {scheme}:// needs {package}: pip install 'patchbank[{extra}]'"
+    assert told in capsys.readouterr().err
+
+
+def test_the_extras_bring_the_clients_of_stores() -> None:
+    extras = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for package, extra in CLIENTS.values():
+        assert any(line.startswith(package) for line in extras[extra])
+        assert extra in extras["remote"][0]

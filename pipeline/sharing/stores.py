@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -20,6 +21,14 @@ KINDS = {
     "hf": ("hub_store", "HubStore"),
 }
 """Scheme of an address, and the module and class of its store: `Class.open(url)`."""
+CLIENTS = {
+    "s3": ("botocore", "s3"),
+    "gs": ("gcsfs", "gs"),
+    "sftp": ("paramiko", "sftp"),
+    "http": ("aiohttp", "http"),
+    "https": ("aiohttp", "http"),
+}
+"""The package that a scheme needs, and the extra that brings it."""
 WITH_HOST = frozenset(KINDS) - {"file"}
 
 
@@ -81,6 +90,9 @@ def open_store(place: str | Path) -> Store:
             f"{safe_url(str(place))}: no store {scheme}://; there are "
             f"{', '.join(f'{kind}://' for kind in KINDS)}, and folders"
         )
+    package, extra = CLIENTS.get(scheme, ("", ""))
+    if package and find_spec(package) is None:
+        raise StoreError(f"{scheme}:// needs {package}: pip install 'patchbank[{extra}]'")
     module, name = KINDS[scheme]
     store: Store = getattr(import_module(f"patchbank.pipeline.sharing.{module}"), name).open(
         str(place)
