@@ -256,6 +256,19 @@ def dead_attempts(bank: Path) -> list[Path]:
     return found
 
 
+def is_held(lock: Path) -> bool:
+    """Whether a process holds a lock; False where there is none, or the disk has no locks."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+    return False
+
+
 def live_attempts(bank: Path) -> set[str]:
     """Names of the shards and other work that some process works on now."""
     alive = set()

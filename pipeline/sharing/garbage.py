@@ -21,6 +21,7 @@ from patchbank.pipeline.bank.commit import (
     WORK,
     clear_dead_attempts,
     dead_attempts,
+    is_held,
     live_attempts,
     owning,
 )
@@ -34,7 +35,6 @@ from patchbank.pipeline.sharing.pull import PULLING
 from patchbank.pipeline.sharing.remote_seal import CARD
 from patchbank.pipeline.sharing.removal import (
     PARTS,
-    is_held,
     known_clips,
     remove_tree,
     strangers,

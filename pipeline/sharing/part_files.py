@@ -40,8 +40,6 @@ class PartFiles:
     """Shard files of which every byte is taken over."""
     row_bytes: int
     """Of other shard files, what is read by range: rows and indices; of archives an estimate."""
-    n_shard_rows: int
-    """Rows that are read so, of all layers together."""
     seal_bytes: int
     """Of what is read before anything is chosen: about three times the seal, and the card."""
 
@@ -75,7 +73,6 @@ def part_files(bank: Bank, chosen: Selection) -> PartFiles:
         tuple(bank.seal.files[name] for name in _small_files(bank, chosen, schema, rows)),
         tuple(bank.seal.files[name] for name in whole),
         row_bytes=sum(read),
-        n_shard_rows=len(rows) * len(read),
         seal_bytes=bank.seal.files[CARD].size + 3 * _seal_size(bank),
     )
 

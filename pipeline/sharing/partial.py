@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from patchbank.pipeline.bank.card import read_attributes
-from patchbank.pipeline.bank.commit import WORK, owning, read_record, shard_name
+from patchbank.pipeline.bank.commit import WORK, is_held, owning, read_record, shard_name
 from patchbank.pipeline.bank.reader import Bank, open_bank
 from patchbank.pipeline.bank.seal_record import SEAL, parse_seal, seal_bytes
 from patchbank.pipeline.bank.writer import FileRecord
@@ -31,7 +31,7 @@ from patchbank.pipeline.preparation import telling_of_a_full_disk
 from patchbank.pipeline.selection import Selection, make_selection, select
 from patchbank.pipeline.sharing.links import inside, refuse_links
 from patchbank.pipeline.sharing.part_files import CARD, PartFiles, part_files
-from patchbank.pipeline.sharing.pull import fetch_file, is_locked
+from patchbank.pipeline.sharing.pull import fetch_file
 from patchbank.pipeline.sharing.remote_bank import RemoteBank, open_remote
 from patchbank.pipeline.sharing.remote_seal import seal_content
 from patchbank.pipeline.sharing.settings import ShareSettings, load_settings
@@ -182,7 +182,7 @@ def _enter(stack: ExitStack, folder: Path, out: Path, say: Callable[[str], None]
             raise BankError(f"{folder} is a link; remove it, or choose another place")
         refuse_links(folder)
         (folder / WORK).mkdir(parents=True, exist_ok=True)
-        if is_locked(folder / WORK / "seal.lock") and not is_told:
+        if is_held(folder / WORK / "seal.lock") and not is_told:
             say(f"another process pulls into {out}; waiting for it")
             is_told = True
         try:

@@ -9,19 +9,18 @@ there. The card comes last but one: without it nothing takes the folder for a ba
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from patchbank.pipeline.bank.commit import WORK, owning
+from patchbank.pipeline.bank.commit import WORK, is_held, owning
 from patchbank.pipeline.bank.growth import finish_growth, next_folder
 from patchbank.pipeline.bank.reader import Bank, open_bank
 from patchbank.pipeline.bank.seal_record import SEAL, Seal, parse_seal
@@ -186,23 +185,10 @@ def pull_bank(
 def _alone(out: Path, say: Callable[[str], None]) -> Iterator[None]:
     """One pull at a time works in a folder; another waits."""
     (out / WORK).mkdir(parents=True, exist_ok=True)
-    if is_locked(out / WORK / "seal.lock"):
+    if is_held(out / WORK / "seal.lock"):
         say(f"another process works on {out}; waiting for it")
     with owning(out):
         yield
-
-
-def is_locked(path: Path) -> bool:
-    """Whether another process holds the lock of a file."""
-    with suppress(OSError):
-        descriptor = os.open(path, os.O_RDWR)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-    return False
 
 
 def _fetch_all(

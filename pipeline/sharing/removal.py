@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import uuid
@@ -13,7 +12,7 @@ from glob import escape
 from pathlib import Path
 
 from patchbank.pipeline.bank.card import parse_attributes
-from patchbank.pipeline.bank.commit import SEAL_LOCK, WORK, live_attempts
+from patchbank.pipeline.bank.commit import SEAL_LOCK, WORK, is_held, live_attempts
 from patchbank.pipeline.bank.damage import shown
 from patchbank.pipeline.bank.growth import next_folder
 from patchbank.pipeline.bank.seal_record import NO_JSON, SEAL, file_record, parse_json
@@ -107,19 +106,6 @@ def work_under_way(bank: Path) -> str | None:
     if any(is_held(folder / WORK / SEAL_LOCK) for folder in staged):
         return "a pull of a part works on"
     return None
-
-
-def is_held(lock: Path) -> bool:
-    """Whether a process holds a lock; False where there is none, or the disk has no locks."""
-    with suppress(OSError):
-        descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-    return False
 
 
 def tree_bytes(folder: Path) -> int:
