@@ -18,6 +18,8 @@ from patchbank.cli.sign import allowed_line
 from patchbank.pipeline.bank import Bank, open_bank
 from patchbank.pipeline.errors import BankCorrupt, BankError, BankIncomplete, PatchbankError
 from patchbank.pipeline.sharing.folder_store import FolderStore
+from patchbank.pipeline.sharing.pull import pull_bank
+from patchbank.pipeline.sharing.push import push_bank
 from patchbank.pipeline.sharing.settings import ShareSettings
 from patchbank.pipeline.sharing.signing import BEGIN, END, MOST_SIGNERS, blocks_of, judge, sign
 from patchbank.pipeline.sharing.trust import (
@@ -109,6 +111,23 @@ def test_two_may_sign_and_signing_again_replaces_the_own_signature(copy: Path, k
         (copy / "seal.json").read_bytes(), read_signatures(store), allowed=keys.allowed
     )
     assert [verdict.state for verdict in found] == ["unknown key", "trusted"]
+
+
+def test_a_push_and_a_pull_again_keep_the_signatures_of_both_places(
+    signed: Path, keys: Keys, tmp_path: Path
+) -> None:
+    def n_signatures(folder: Path) -> int:
+        return len(blocks_of((folder / SIGNATURES).read_bytes()))
+
+    there, here = FolderStore(tmp_path / "there.bank"), tmp_path / "here.bank"
+    push_bank(signed, there)
+    sign_bank(there, keys.mallory)
+    push_bank(signed, there)
+    assert (n_signatures(signed), n_signatures(there.folder)) == (1, 2)
+    pull_bank(FolderStore(signed), here)
+    sign_bank(FolderStore(here), keys.mallory)
+    pull_bank(FolderStore(signed), here)
+    assert n_signatures(here) == 2
 
 
 def test_a_bank_with_signatures_is_whole_and_leaves_nothing_else(signed: Path) -> None:
